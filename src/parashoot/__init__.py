@@ -1,0 +1,18 @@
+"""Nonlinear recurrent networks, trained in parallel over the sequence, with the for-loop's result."""
+
+from . import cells, errors
+from .cell import Cell, Input, Param, State, cell
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendError,
+    CellError,
+    ConvergenceError,
+    GradientError,
+    StructureError,
+)
+from .layers import RNN, ParaGRU, ParaLSTM
+from .plan import MultipleShooting, Newton, Sequential
+from .scan import ScanInfo, explain, scan
+
+__version__ = "0.1.0"

@@ -1,0 +1,279 @@
+"""Recurrent layers over any cell, shaped like `torch.nn.GRU` (batch first): projections of the input, then `ps.scan`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cell import Cell, parameter_shapes
+from .cells import gru, lstm
+from .errors import bad_type, bad_value
+from .plan import Solver, check_solver, compute_dtype
+from .scan import scan
+from .solve.sequential import advance
+
+
+class RNN(nn.Module):
+    """A stack of recurrent layers: in each, x_t B^T + b gives the cell's inputs, and the cell runs over time.
+
+    - `cell`; `input_size` D, `hidden_size` C; `num_layers`; `bias`: whether b exists.
+    - `num_heads`: B is block-diagonal with that many blocks (input and hidden channels are split into heads).
+    - `dropout` between layers while training; `bidirectional` adds a layer in reverse time, outputs concatenated.
+    - `recurrent_clip`: vector parameters of the cell act clipped to [-clip, clip]; None: not clipped.
+    - `solver` as in `ps.scan`.
+
+    Initialization: B Kaiming uniform, b zero, recurrent vectors Xavier normal, recurrent matrices orthogonal. Raises
+    `ArgumentError` and `ArgumentTypeError`. Source: Danieli et al. 2025 (ParaRNN, arXiv 2510.21450).
+    """
+
+    _scan = staticmethod(scan)
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        num_heads: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        recurrent_clip: float | None = None,
+        solver: Solver | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if not isinstance(cell, Cell):
+            bad_type("cell", cell, "a cell", "Decorate the step with @ps.cell.")
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                bad_value(name, repr(value), "an integer >= 1")
+        for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
+            if value % num_heads:
+                bad_value(name, str(value), f"a multiple of num_heads = {num_heads}")
+        if cell.width and hidden_size % cell.width:
+            bad_value(
+                "hidden_size", str(hidden_size), f"a multiple of the head width {cell.width} of cell '{cell.name}'"
+            )
+        if not 0.0 <= dropout < 1.0:
+            bad_value("dropout", repr(dropout), "a probability in [0, 1)")
+        if recurrent_clip is not None and not recurrent_clip > 0:
+            bad_value("recurrent_clip", repr(recurrent_clip), "None or a number > 0")
+        check_solver(solver)
+        self.cell, self.input_size, self.hidden_size, self.num_layers = cell, input_size, hidden_size, num_layers
+        self.num_heads, self.bias, self.dropout, self.bidirectional = num_heads, bias, float(dropout), bidirectional
+        self.recurrent_clip, self.solver = recurrent_clip, solver
+        shapes = parameter_shapes(cell, hidden_size)
+        self._vectors = all(s == (hidden_size,) for s in shapes)
+        gates, place = len(cell.inputs), {"device": device, "dtype": dtype}
+        for layer, suffix in self._directions():
+            size = (input_size if layer == 0 else hidden_size * (1 + bidirectional)) // num_heads
+            weight = torch.empty(num_heads, gates * hidden_size // num_heads, size, **place)
+            self.register_parameter(f"weight_ih_{suffix}", nn.Parameter(weight))
+            self.register_parameter(
+                f"bias_{suffix}", nn.Parameter(torch.empty(gates, hidden_size, **place)) if bias else None
+            )
+            if self._vectors and shapes:
+                self.register_parameter(
+                    f"weight_hh_{suffix}", nn.Parameter(torch.empty(len(shapes), hidden_size, **place))
+                )
+            elif shapes:
+                for name, shape in zip(cell.params, shapes, strict=True):
+                    self.register_parameter(f"weight_hh_{suffix}_{name}", nn.Parameter(torch.empty(shape, **place)))
+        self.reset_parameters()
+
+    def _directions(self) -> list[tuple[int, str]]:
+        """(layer, parameter suffix) for each layer and direction, in the order of h_n."""
+        ways = ("", "_reverse") if self.bidirectional else ("",)
+        return [(k, f"l{k}{way}") for k in range(self.num_layers) for way in ways]
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        for name, p in self.named_parameters():
+            if name.startswith("bias"):
+                nn.init.zeros_(p)
+            elif name.startswith("weight_ih"):
+                nn.init.uniform_(p, -math.sqrt(3 / p.shape[-1]), math.sqrt(3 / p.shape[-1]))
+            elif self._vectors:
+                nn.init.xavier_normal_(p)
+            elif p.dim() == 1:
+                nn.init.xavier_normal_(p.view(1, -1))
+            else:
+                for block in p.view(-1, *p.shape[-2:]):
+                    nn.init.orthogonal_(block)
+
+    def forward(
+        self, x: Tensor, h_0: Tensor | None = None, *, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run over a batch of sequences: x (B, T, D) -> (y, h_n).
+
+        - `h_0` (num_layers * directions, B, S, C): initial states, zeros by default.
+        - `reset` (B, T) bool: a new sequence begins at t. `lengths` (B,): number of real steps of each sequence; outputs
+          after them are zero, and h_n is the state after each sequence's own last step (reverse: its first).
+
+        y (B, T, C * directions) in x's dtype; h_n shaped as h_0, in float32 where x is bfloat16 or float16.
+        """
+        self._check(x, h_0, lengths)
+        finals = []
+        out = x
+        for layer in range(self.num_layers):
+            if layer and self.dropout:
+                out = nn.functional.dropout(out, self.dropout, self.training)
+            ways = []
+            for k, suffix in [(k, s) for k, (at, s) in enumerate(self._directions()) if at == layer]:
+                start = None if h_0 is None else h_0[k]
+                y, final = self._direction(out, start, suffix, reset, lengths)
+                ways.append(y)
+                finals.append(final)
+            out = torch.cat(ways, -1) if self.bidirectional else ways[0]
+        return out, torch.stack(finals)
+
+    def step(self, x_t: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step of decoding: x_t (B, D), h (num_layers, B, S, C) -> (y_t (B, C), new h). Agrees with `forward`."""
+        if self.bidirectional:
+            bad_value(
+                "bidirectional",
+                "True",
+                "a unidirectional layer for step()",
+                "A reverse layer needs the whole sequence.",
+            )
+        if x_t.dim() != 2:
+            bad_value("x_t", x_t, f"shape (B, D) = (B, {self.input_size})", "One step, no time axis.")
+        self._check(x_t.unsqueeze(1), h, None)
+        finals, out = [], x_t
+        for layer, suffix in self._directions():
+            inputs = self._project(out.unsqueeze(1), suffix)[:, 0]
+            dtype = compute_dtype(inputs.dtype)
+            shape = (inputs.shape[0], len(self.cell.states), self.hidden_size)
+            state = inputs.new_zeros(shape, dtype=dtype) if h is None else h[layer].to(dtype)
+            with torch.autocast(x_t.device.type, enabled=False):
+                state = advance(self.cell, state, inputs.to(dtype), [p.to(dtype) for p in self.recurrent(suffix)])
+            out = state[:, self.cell.output].to(inputs.dtype)
+            finals.append(state)
+        h_n = torch.stack(finals)
+        return out, h_n if h is None else h_n.to(h.dtype)
+
+    def recurrent(self, suffix: str = "l0") -> list[Tensor]:
+        """The cell's parameters for one layer and direction ("l0", "l0_reverse", ...), clipped, in the step's order."""
+        if not self.cell.params:
+            return []
+        if self._vectors:
+            found = list(self.get_parameter(f"weight_hh_{suffix}").unbind(0))
+        else:
+            found = [self.get_parameter(f"weight_hh_{suffix}_{name}") for name in self.cell.params]
+        clip = self.recurrent_clip
+        return [_Clip.apply(p, clip) if clip and p.dim() == 1 else p for p in found]  # type: ignore[misc]
+
+    def _project(self, x: Tensor, suffix: str) -> Tensor:
+        """(B, T, D) -> the cell's inputs (B, T, G, C)."""
+        weight, bias = self.get_parameter(f"weight_ih_{suffix}"), getattr(self, f"bias_{suffix}")
+        gates = (len(self.cell.inputs), self.hidden_size)
+        if self.num_heads == 1:
+            return nn.functional.linear(x, weight[0], None if bias is None else bias.flatten()).unflatten(-1, gates)
+        z = torch.einsum("bthi,hoi->btho", x.unflatten(-1, (self.num_heads, -1)), weight)
+        z = z.unflatten(-1, (gates[0], -1)).transpose(2, 3).flatten(3)
+        return z if bias is None else z + bias.to(z.dtype)
+
+    def _direction(
+        self, x: Tensor, h_0: Tensor | None, suffix: str, reset: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        z, reverse = self._project(x, suffix), suffix.endswith("_reverse")
+        dtype = compute_dtype(z.dtype)
+        if h_0 is None:
+            h_0 = z.new_zeros(z.shape[0], len(self.cell.states), self.hidden_size, dtype=dtype)
+        params = self.recurrent(suffix)
+        params = [p.to(dtype) for p in params] if z.dtype != dtype else [p.to(z.dtype) for p in params]
+        options: dict[str, Any] = {"solver": self.solver} if self.solver is not None else {}
+        if lengths is None:
+            return self._scan(self.cell, z, params or None, h_0, reset=reset, reverse=reverse, **options)
+        t, ends = torch.arange(z.shape[1], device=z.device), lengths.to(z.device)[:, None]
+        if reverse:  # each sequence turned around within its own length
+            order = torch.where(t < ends, ends - 1 - t, t)
+            z = z.gather(1, order[:, :, None, None].expand_as(z))
+            if reset is not None:
+                reset = reset.gather(1, (ends - t).clamp(0, z.shape[1] - 1)) & (t > 0) & (t < ends)
+        stop = t == ends
+        reset = stop if reset is None else reset | stop
+        states, _ = self._scan(self.cell, z, params or None, h_0, reset=reset, return_states=True, **options)
+        final = states.gather(1, (ends - 1)[:, :, None, None].expand(-1, 1, *states.shape[2:])).squeeze(1).to(h_0.dtype)
+        y = states[:, :, self.cell.output]
+        if reverse:
+            y = y.gather(1, order[:, :, None].expand_as(y))
+        return y.masked_fill((t >= ends)[:, :, None], 0.0), final
+
+    def _check(self, x: Tensor, h_0: Tensor | None, lengths: Tensor | None) -> None:
+        if not isinstance(x, Tensor):
+            bad_type("x", x, f"a tensor (B, T, D) with D = {self.input_size}")
+        if x.dim() != 3 or x.shape[2] != self.input_size:
+            bad_value("x", x, f"shape (B, T, D) with D = input_size = {self.input_size}")
+        if not x.dtype.is_floating_point:
+            bad_value("x", x, "a floating dtype")
+        if h_0 is not None:
+            shape = (len(self._directions()), x.shape[0], len(self.cell.states), self.hidden_size)
+            if not isinstance(h_0, Tensor):
+                bad_type("h_0", h_0, f"None or a tensor {shape}")
+            if tuple(h_0.shape) != shape:
+                bad_value("h_0", h_0, f"shape (num_layers * directions, B, S, C) = {shape}")
+        if lengths is not None:
+            if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+                bad_type("lengths", lengths, "None or an int64 tensor (B,)")
+            if tuple(lengths.shape) != (x.shape[0],):
+                bad_value("lengths", lengths, f"shape (B,) = {(x.shape[0],)}")
+            if not torch.compiler.is_compiling() and not bool(((lengths >= 1) & (lengths <= x.shape[1])).all()):
+                bad_value("lengths", str(lengths.tolist()), f"numbers between 1 and T = {x.shape[1]}")
+
+    def extra_repr(self) -> str:
+        text = f"{self.cell.name}, {self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, num_heads={self.num_heads}"
+        return text + (", bidirectional=True" if self.bidirectional else "") + f", recurrent_clip={self.recurrent_clip}"
+
+
+class ParaGRU(RNN):
+    """`RNN` with the paper's GRU (`ps.cells.gru`), recurrent vectors clipped to 0.5 unless `recurrent_clip` says otherwise."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        recurrent_clip: float | None = 0.5,
+        **options: Any,
+    ):
+        super().__init__(gru, input_size, hidden_size, num_layers, recurrent_clip=recurrent_clip, **options)
+
+
+class ParaLSTM(RNN):
+    """`RNN` with the paper's LSTM (`ps.cells.lstm`, states c and h), recurrent vectors clipped to 0.5 as in `ParaGRU`."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        recurrent_clip: float | None = 0.5,
+        **options: Any,
+    ):
+        super().__init__(lstm, input_size, hidden_size, num_layers, recurrent_clip=recurrent_clip, **options)
+
+
+class _Clip(torch.autograd.Function):
+    """min(max(a, -clip), clip); a gradient that would push an entry further out is dropped, one that brings it back is kept."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, clip: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(a)
+        ctx.clip = clip
+        return a.clamp(-clip, clip)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (a,) = ctx.saved_tensors
+        outward = ((a > ctx.clip) & (grad < 0)) | ((a < -ctx.clip) & (grad > 0))
+        return grad.masked_fill(outward, 0.0), None

@@ -1,0 +1,241 @@
+"""The one custom operator: every cell, solver and backend goes through `parashoot::scan` and `parashoot::scan_backward`.
+
+Being an operator with fake kernels, it is opaque to `torch.compile`, autocast and activation checkpointing, which therefore
+work. Its implementation turns tensors (B, T, ...) into chunks, lets the plan's backend solve them, and turns them back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .cell import Cell, feature_shape, get_cell
+from .errors import GradientError
+from .plan import MultipleShooting, Plan, Sequential, Solver, compute_dtype, plan_for, trace_for
+from .solve.adjoint import Cotangents, Gradients, adjoint, adjoint_by_sweeps
+from .solve.linear import Algebra
+from .solve.shooting import Steps, shoot
+
+
+def encode(solver: Solver) -> tuple[int, float, int, str, str]:
+    """A solver as the operator's plain arguments: chunk length (-1 the loop, 0 auto), tol (-1 default), limit (-1 none), ..."""
+    if isinstance(solver, Sequential):
+        return -1, -1.0, -1, "exact", "auto"
+    length = 0 if isinstance(solver.chunk_length, str) else solver.chunk_length
+    tol = -1.0 if solver.tol is None else float(solver.tol)
+    return length, tol, -1 if solver.max_iters is None else solver.max_iters, solver.jacobian, solver.backend
+
+
+def _decode(length: int, tol: float, max_iters: int, jacobian: str, backend: str) -> Solver:
+    if length == -1:
+        return Sequential()
+    limit = None if max_iters == -1 else max_iters
+    return MultipleShooting("auto" if length == 0 else length, None if tol < 0 else tol, limit, jacobian, backend)
+
+
+@torch.library.custom_op("parashoot::scan", mutates_args=())
+def scan_op(
+    x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: str, reverse: bool, all_states: bool, save: bool,
+    length: int, tol: float, max_iters: int, jacobian: str, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, h_n, saved, stats): y (B, T, C) or with `all_states` (B, T, S, C); `saved` all states (B, T, S, C) in the compute
+    dtype if `save` and y is not that already; stats [iterations max, mean, defect, digest number, chunk length]."""
+    made = get_cell(cell)
+    with torch.autocast(x.device.type, enabled=False):
+        plan, steps, layout = _prepare(
+            made, x, params, reset, reverse, _decode(length, tol, max_iters, jacobian, backend)
+        )
+        start = layout.state(h0)
+        result = shoot(steps, start, plan.jacobian, plan.tol, plan.max_iters)
+    ys = result.ys
+    last = ys[(layout.time - 1) % layout.length, :, :, -1]
+    h_n = last.flatten(2).movedim(0, 1).to(h0.dtype)
+    y = layout.unchunk(ys if all_states else ys[:, made.output : made.output + 1], x.dtype)
+    y = y if all_states else y.squeeze(2)
+    saved = layout.unchunk(ys, steps.xs.dtype) if save and _needs_saved(made, x, all_states) else steps.xs.new_empty(0)
+    facts = [
+        float(result.iterations.max()),
+        float(result.iterations.mean()),
+        result.defect,
+        steps.trace.number,
+        plan.chunk_length,
+    ]
+    return y, h_n.contiguous(), saved, torch.tensor(facts, dtype=torch.float64)
+
+
+def _needs_saved(cell: Cell, x: Tensor, all_states: bool) -> bool:
+    return compute_dtype(x.dtype) != x.dtype or not (all_states or len(cell.states) == 1)
+
+
+@scan_op.register_fake
+def _(x, params, h0, reset, cell, reverse, all_states, save, length, tol, max_iters, jacobian, backend):
+    made = get_cell(cell)
+    b, t, _, c = x.shape
+    slots = len(made.states)
+    y = x.new_empty((b, t, slots, c) if all_states else (b, t, c))
+    saved = (b, t, slots, c) if save and _needs_saved(made, x, all_states) else (0,)
+    return (
+        y,
+        h0.new_empty(h0.shape),
+        x.new_empty(saved, dtype=compute_dtype(x.dtype)),
+        torch.empty(5, dtype=torch.float64),
+    )
+
+
+@torch.library.custom_op("parashoot::scan_backward", mutates_args=())
+def scan_backward_op(
+    dy: Tensor | None, dh_n: Tensor | None, x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, states: Tensor,
+    stats: Tensor, cell: str, reverse: bool, all_states: bool,
+    length: int, tol: float, max_iters: int, jacobian: str, backend: str,
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """Gradients (dx, dparams, dh0) in the dtypes of x, params, h0, from all `states` (B, T, S, C)."""
+    made = get_cell(cell)
+    solver = _decode(length, tol, max_iters, jacobian, backend)
+    with torch.autocast(x.device.type, enabled=False):
+        if trace_for(made, x, _as_seen(made, params, compute_dtype(x.dtype))).number != float(stats[3]):
+            raise GradientError(
+                f"cell '{made.name}' changed between forward and backward: something its step reads (a global, a closure) "
+                "has another value now. Keep it fixed until backward has run."
+            )
+        grads, layout = _solve_backward(made, solver, dy, dh_n, x, params, h0, reset, states, reverse, all_states)
+    d_x = layout.unchunk(grads.xs, x.dtype)
+    d_params = [g.reshape(p.shape).to(p.dtype) for g, p in zip(grads.params, params, strict=True)]
+    return d_x, d_params, grads.h0.reshape(h0.shape[1], *h0.shape[::2]).movedim(0, 1).to(h0.dtype).contiguous()
+
+
+def _solve_backward(
+    cell: Cell, solver: Solver, dy: Tensor | None, dh_n: Tensor | None, x: Tensor, params: list[Tensor], h0: Tensor,
+    reset: Tensor | None, states: Tensor, reverse: bool, all_states: bool,
+) -> tuple[Gradients, Layout]:  # fmt: skip
+    plan, steps, layout = _prepare(cell, x, params, reset, reverse, solver)
+    states = states.view(x.shape[0], x.shape[1], len(cell.states), x.shape[3])
+    entering = states.new_empty(states.shape)
+    if reverse:
+        entering[:, :-1], entering[:, -1] = states[:, 1:], h0
+    else:
+        entering[:, 1:], entering[:, 0] = states[:, :-1], h0
+    before = layout.chunk(entering)
+    if steps.resets is not None:
+        before = before.masked_fill(steps.at(steps.resets)[:, None], 0.0)
+    single = not all_states and len(cell.states) > 1
+    if dy is None:
+        dy = x.new_zeros(x.shape[0], x.shape[1], 1 if single else len(cell.states), x.shape[3])
+    dys = layout.chunk(dy if dy.dim() == 4 else dy.unsqueeze(2), pad_zero=True)
+    end = torch.zeros_like(before[0, :, :, 0]) if dh_n is None else layout.state(dh_n)
+    cots = Cotangents(dys, cell.output if single else None, end, layout.tail)
+    if plan.jacobian != "exact" and cell.structure != "channelwise":
+        return adjoint_by_sweeps(steps, before, cots, plan.tol), layout
+    grads = adjoint(steps, before, cots)
+    if grads is None:  # a chunk's Jacobian product overflowed: sweep the whole sequence in order
+        return _solve_backward(cell, Sequential(), dy, dh_n, x, params, h0, reset, states, reverse, all_states)
+    return grads, layout
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, params, h0, reset, cell, reverse, all_states, save, *solver = inputs
+    y, _, saved, stats = output
+    ctx.mark_non_differentiable(saved, stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, h0, reset, saved if _needs_saved(get_cell(cell), x, all_states) else y, stats, *params)
+    ctx.options, ctx.save = (cell, reverse, all_states, *solver), save
+
+
+def _backward(ctx, dy, dh_n, _saved, _stats):
+    x, h0, reset, states, stats, *params = ctx.saved_tensors
+    if not ctx.save:
+        raise GradientError(
+            "backward through a scan that ran without gradients enabled. Call ps.scan under torch.enable_grad()."
+        )
+    nothing = [None] * 9
+    if dy is None and dh_n is None:
+        return None, [None] * len(params), None, *nothing, None
+    d_x, d_params, d_h0 = scan_backward_op(dy, dh_n, x, params, h0, reset, states, stats, *ctx.options)
+    return d_x, d_params, d_h0, *nothing, None
+
+
+scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@scan_backward_op.register_fake
+def _(dy, dh_n, x, params, h0, *rest):
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        [torch.empty_like(p) for p in params],
+        h0.new_empty(h0.shape),
+    )
+
+
+def _no_second_derivative(ctx, *grads):
+    raise GradientError(
+        "ps.scan was differentiated twice; it provides first derivatives only. Differentiate cell.step in a loop instead."
+    )
+
+
+scan_backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+
+class Layout:
+    """Between (B, T, K, C) and chunks (m, K, B, n, F), flipped in time for a reverse scan; the last chunk is filled up by
+    repeating the last real step."""
+
+    def __init__(self, x: Tensor, length: int, feature: tuple[int, ...], reverse: bool):
+        self.batch, self.time, _, self.channels = x.shape
+        self.length, self.feature, self.reverse = length, feature, reverse
+        self.chunks = -(-self.time // length)
+        self.tail = self.time - (self.chunks - 1) * length
+        self.dtype = compute_dtype(x.dtype)
+
+    def chunk(self, v: Tensor, pad_zero: bool = False) -> Tensor:
+        v = v.flip(1) if self.reverse else v
+        shape = (self.length, v.shape[2], self.batch, self.chunks, self.channels)
+        if self.chunks * self.length == self.time:
+            out = v.unflatten(1, (self.chunks, self.length)).permute(2, 3, 0, 1, 4).to(self.dtype).contiguous()
+        else:
+            out = torch.empty(shape, dtype=self.dtype, device=v.device)
+            whole = (self.chunks - 1) * self.length
+            if self.chunks > 1:
+                out[:, :, :, :-1] = v[:, :whole].unflatten(1, (self.chunks - 1, self.length)).permute(2, 3, 0, 1, 4)
+            out[: self.tail, :, :, -1] = v[:, whole:].permute(1, 2, 0, 3)
+            out[self.tail :, :, :, -1] = 0.0 if pad_zero else v[:, -1].transpose(0, 1)
+        return out.view(*shape[:4], *self.feature)
+
+    def unchunk(self, v: Tensor, dtype: torch.dtype) -> Tensor:
+        whole = (self.chunks - 1) * self.length
+        v = v.flatten(4)
+        out = torch.empty(self.batch, self.time, v.shape[1], self.channels, dtype=dtype, device=v.device)
+        if self.chunks > 1:
+            out[:, :whole].unflatten(1, (self.chunks - 1, self.length)).copy_(v[:, :, :, :-1].permute(2, 3, 0, 1, 4))
+        out[:, whole:] = v[: self.tail, :, :, -1].permute(2, 0, 1, 3)
+        return out.flip(1) if self.reverse else out
+
+    def state(self, h: Tensor) -> Tensor:
+        """(B, S, C) -> (S, B, F)."""
+        return h.movedim(1, 0).to(self.dtype).reshape(h.shape[1], self.batch, *self.feature)
+
+    def mask(self, reset: Tensor) -> Tensor:
+        """(B, T) -> (m, B, n). In a reverse scan the boundary before t is crossed on the way from t to t - 1."""
+        if self.reverse:
+            reset = torch.cat(
+                [reset[:, 1:], torch.zeros_like(reset[:, :1])], 1
+            )  # flipped below: entering t is leaving t + 1
+        v = reset.flip(1) if self.reverse else reset
+        pad = self.chunks * self.length - self.time
+        v = torch.cat([v, v[:, -1:].expand(-1, pad)], 1) if pad else v
+        return v.view(self.batch, self.chunks, self.length).permute(2, 0, 1).contiguous()
+
+
+def _as_seen(cell: Cell, params: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Parameters in the compute dtype, vectors of a headwise cell as (H, n)."""
+    return [p.to(dtype).unflatten(0, (-1, cell.width)) if cell.width and p.dim() == 1 else p.to(dtype) for p in params]
+
+
+def _prepare(
+    cell: Cell, x: Tensor, params: list[Tensor], reset: Tensor | None, reverse: bool, solver: Solver
+) -> tuple[Plan, Steps, Layout]:
+    seen = _as_seen(cell, params, compute_dtype(x.dtype))
+    plan = plan_for(cell, x, seen, solver)
+    feature = feature_shape(cell, x.shape[-1])
+    layout = Layout(x, plan.chunk_length, feature, reverse)
+    algebra = Algebra(len(cell.states), feature, cell.structure != "channelwise")
+    resets = None if reset is None else layout.mask(reset)
+    return plan, Steps(cell, trace_for(cell, x, seen), algebra, layout.chunk(x), seen, resets, plan.window), layout

@@ -1,0 +1,206 @@
+"""How to solve: the solvers, as values, and the plan that a solver and a problem's shape lead to.
+
+This is the one place where a backend and a chunk length are chosen, and `explain` prints why.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cell import Cell, feature_shape
+from .errors import BackendError, bad_type, bad_value
+from .trace import trace
+
+JACOBIANS = ("auto", "exact", "diagonal", "zero")
+BACKENDS = ("auto", "torch", "triton")
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """The for-loop: T dependent steps, one sweep, the exact adjoint behind it."""
+
+
+@dataclass(frozen=True)
+class MultipleShooting:
+    """Multiple-shooting Newton (DESIGN: cut time into chunks, shoot, correct).
+
+    - `chunk_length`: steps a chunk, or "auto" (chosen from shape and device).
+    - `tol`: largest defect, and largest predicted correction, relative to max(1, |state|); None: 1e-6 in fp32 (and for
+      bf16/fp16 storage), 1e-12 in fp64; a tenth of it when the Jacobian is not exact.
+    - `max_iters`: sweeps allowed; None: until converged, which takes at most as many sweeps as there are chunks.
+    - `jacobian`: "exact", "diagonal" (quasi-Newton) or "zero" (fixed point); "auto" takes "zero" where matrices are large.
+    - `backend`: "auto", "torch" or "triton".
+    """
+
+    chunk_length: int | str = "auto"
+    tol: float | None = None
+    max_iters: int | None = None
+    jacobian: str = "exact"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        c = self.chunk_length
+        if isinstance(c, bool) or not (c == "auto" or (isinstance(c, int) and c >= 1)):
+            bad_value("chunk_length", repr(c), "'auto' or an integer >= 1")
+        if self.tol is not None and not (isinstance(self.tol, (int, float)) and 0 <= self.tol < math.inf):
+            bad_value("tol", repr(self.tol), "None or a finite number >= 0")
+        if self.max_iters is not None and (
+            isinstance(self.max_iters, bool) or not isinstance(self.max_iters, int) or self.max_iters < 1
+        ):
+            bad_value("max_iters", repr(self.max_iters), "None or an integer >= 1")
+        if self.jacobian not in JACOBIANS:
+            bad_value("jacobian", repr(self.jacobian), f"one of {JACOBIANS}")
+        if self.backend not in BACKENDS:
+            bad_value("backend", repr(self.backend), f"one of {BACKENDS}")
+
+
+def Newton(
+    tol: float | None = None, max_iters: int | None = None, jacobian: str = "exact", backend: str = "auto"
+) -> MultipleShooting:
+    """All-at-once Newton, as in ParaRNN and DEER: `MultipleShooting` with chunks of one step."""
+    return MultipleShooting(1, tol, max_iters, jacobian, backend)
+
+
+AUTO = MultipleShooting(jacobian="auto")
+Solver = Sequential | MultipleShooting
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run: `chunks` chunks of `chunk_length` steps, linearized `window` elements at a time."""
+
+    backend: str
+    chunk_length: int
+    chunks: int
+    jacobian: str
+    tol: float
+    max_iters: int | None
+    window: int
+    reasons: tuple[str, ...]
+
+
+def check_solver(solver: object) -> Solver:
+    """The solver, or the automatic one for None. Raises `ArgumentTypeError` for anything that is not a solver value."""
+    if solver is None:
+        return AUTO
+    if not isinstance(solver, (Sequential, MultipleShooting)):
+        bad_type(
+            "solver",
+            solver,
+            "ps.Sequential(), ps.MultipleShooting(...), ps.Newton() or None",
+            "Pass a value, not a class or a name.",
+        )
+    return solver
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 computes in fp64, everything else in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# Seconds for one elementwise operation: to start it, and for each element (measured on two CPU cores and on an H100).
+_COST = {"cpu": (2.5e-6, 0.35e-9), "cuda": (6e-6, 0.006e-9)}
+_WINDOW = {"cpu": 2**16, "cuda": 2**24}
+_EXACT_WIDTH = 16  # widest matrices for which exact products are cheaper than further sweeps
+
+
+def make_plan(
+    cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver, ops: tuple[int, int]
+) -> Plan:
+    """The plan for x of `x_shape` (B, T, G, C); `ops` are elementary operations of a step and of its Jacobian."""
+    batch, time, _, channels = x_shape
+    tol = TOLERANCE[compute_dtype(dtype)]
+    window = _WINDOW.get(device.type, _WINDOW["cuda"])
+    if isinstance(solver, Sequential):
+        return Plan(
+            "torch", time, 1, "exact" if cell.structure == "channelwise" else "zero", tol, None, window, ("asked for",)
+        )
+    if solver.backend == "triton":
+        raise BackendError(
+            "backend: got 'triton'; this version generates no kernels yet. Use backend='auto' or 'torch'."
+        )
+    width = 1 if cell.structure == "channelwise" else (cell.width or channels) * len(cell.states)
+    jacobian, reasons = solver.jacobian, []
+    if jacobian == "auto":
+        jacobian = "exact" if width <= _EXACT_WIDTH else "zero"
+        reasons.append(
+            f"{jacobian} Jacobian: {'one' if width == 1 else f'{width} x {width}'} per {'channel' if width == 1 else 'head'}"
+        )
+    if solver.chunk_length == "auto":
+        length = _choose_length(time, batch * channels, width if jacobian == "exact" else 1, device, ops, reasons)
+    else:
+        length = min(int(solver.chunk_length), time)
+        reasons.append("chunk length asked for")
+    tol = solver.tol if solver.tol is not None else (tol if jacobian == "exact" else tol / 10)
+    return Plan("torch", length, -(-time // length), jacobian, tol, solver.max_iters, window, tuple(reasons))
+
+
+def _choose_length(
+    time: int, width: int, block: int, device: torch.device, ops: tuple[int, int], reasons: list[str]
+) -> int:
+    start, each = _COST.get(device.type, _COST["cuda"])
+    step, jac = ops
+
+    def seconds(length: int) -> float:
+        chunks = -(-time // length)
+        once = length * step * (start + each * width * chunks)
+        if chunks == 1:
+            return once
+        linear = time * width * jac * block * each + length * 2 * start * block + chunks * 12 * start
+        return 2 * once + linear + 60 * start
+
+    best = min([time, *(2**k for k in range(2, 12) if 2**k < time)], key=seconds)
+    reasons.append(
+        f"predicted {seconds(best) * 1e3:.2g} ms with chunks of {best}"
+        + (
+            f" against {seconds(time) * 1e3:.2g} ms for the loop"
+            if best < time
+            else ", the loop itself: too little to gain"
+        )
+    )
+    return best
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `ps.scan` will do and why; prints as text, `to_dict()` gives the facts."""
+
+    cell: str
+    structure: str
+    digest: str
+    plan: Plan
+
+    def to_dict(self) -> dict:
+        p = self.plan
+        return {
+            "cell": self.cell, "structure": self.structure, "digest": self.digest, "backend": p.backend, "chunks": p.chunks,
+            "chunk_length": p.chunk_length, "jacobian": p.jacobian, "tol": p.tol, "reasons": list(p.reasons),
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        p = self.plan
+        how = (
+            "sequentially"
+            if p.chunks == 1
+            else f"in {p.chunks} chunks of {p.chunk_length} steps, {p.jacobian} Jacobian, tol {p.tol:g}"
+        )
+        return "\n".join([f"cell {self.cell}: {self.structure} (digest {self.digest[:12]})", f"backend {p.backend}, {how}",
+                          *(f"  {r}" for r in p.reasons)])  # fmt: skip
+
+
+def plan_for(cell: Cell, x: Tensor, params: list[Tensor], solver: Solver) -> Plan:
+    """The plan for these tensors; traces the step if it is new."""
+    found = trace_for(cell, x, params)
+    return make_plan(cell, tuple(x.shape), x.dtype, x.device, solver, (found.step_ops, found.jacobian_ops))
+
+
+def trace_for(cell: Cell, x: Tensor, params: list[Tensor]):
+    """The trace of `cell` at the compute dtype of x (B, T, G, C), with parameters shaped as the step sees them."""
+    return trace(
+        cell, compute_dtype(x.dtype), x.device, feature_shape(cell, x.shape[-1]), tuple(tuple(p.shape) for p in params)
+    )

@@ -1,0 +1,179 @@
+"""The exact adjoint of the recurrence: gradients by one linear solve, never by differentiating the iterations.
+
+With A_t = d h_t / d h_{t-1} at the solution, and lambda_t the gradient of the loss by h_t:
+
+    lambda_T = dy_T + dh_n,   lambda_t = dy_t + A_{t+1}^T lambda_{t+1},   dh0 = A_1^T lambda_1,
+    dx_t = (df/dx_t)^T lambda_t,   dparams = sum over batch and t of (df/dparams)^T lambda_t.
+
+Structured cells: two chunked sweeps with explicit A_t, unclamped (`adjoint`). Cells whose matrices are not formed: the same
+chunks, iterated on the gradients that cross their boundaries (`adjoint_by_sweeps`), exact after at most n sweeps like the
+forward pass. Shapes as in `shooting.py`; `before` (m, S, B, n, F) are the states entering each step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .shooting import Steps
+
+_CACHE = 2**26  # elements of step Jacobians kept between the two sweeps; more are computed again
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """dxs (m, G, B, n, F), a gradient for each parameter, dh0 (S, B, F)."""
+
+    xs: Tensor
+    params: list[Tensor]
+    h0: Tensor
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """What comes in: `dys` (m, 1 or S, B, n, F) for state `slot` (or all, when `slot` is None), `dh_n` (S, B, F), and the
+    number `tail` of real steps in the last chunk; the rest repeats the last real step and must not contribute."""
+
+    dys: Tensor
+    slot: int | None
+    dh_n: Tensor
+    tail: int
+
+    def add(self, lam: Tensor, t: int) -> Tensor:
+        if self.slot is None:
+            return lam + self.dys[t]
+        lam = lam.clone()
+        lam[self.slot] += self.dys[t, 0]
+        return lam
+
+
+def adjoint(steps: Steps, before: Tensor, cots: Cotangents) -> Gradients | None:
+    """Gradients in two chunked sweeps; None where a chunk's Jacobian product is not finite (then sweep with one chunk)."""
+    algebra, n = steps.algebra, before.shape[3]
+    windows = steps.windows()
+    entries = algebra.slots * (algebra.feature[-1] if algebra.full else 1)
+    keep = before.numel() * entries <= _CACHE
+    cache: dict[tuple[int, int], Tensor] = {}
+
+    def jacobians(window: tuple[int, int]) -> Tensor:
+        if window not in cache:
+            found = steps.jacobians(before[slice(*window)], window)
+            _identity_on_padding(steps, found, window, cots.tail)
+            if not keep:
+                return found
+            cache[window] = found
+        return cache[window]
+
+    beta = torch.zeros_like(before[0])  # gradient by each chunk's end, from later chunks
+    beta[:, :, -1] = cots.dh_n
+    if n > 1:
+        lam, product = beta, None
+        for window in reversed(windows):
+            found = jacobians(window)
+            for t in reversed(range(*window)):
+                step = steps.step_of(found, t - window[0])
+                lam = algebra.apply_t(step, cots.add(lam, t))
+                product = step if product is None else algebra.compose(product, step)
+        assert product is not None
+        if not bool(torch.isfinite(product).all()):
+            return None
+        beta[:, :, n - 2] = lam[:, :, n - 1]
+        for c in range(n - 2, 0, -1):
+            beta[:, :, c - 1] = lam[:, :, c] + algebra.apply_t(algebra.at(product, c), beta[:, :, c])
+    lam, gather = beta, _Gather(steps, before, cots)
+    for window in reversed(windows):
+        found = jacobians(window)
+        lams = torch.empty_like(before[slice(*window)])
+        for t in reversed(range(*window)):
+            lam = cots.add(lam, t)
+            lams[t - window[0]] = lam
+            lam = algebra.apply_t(steps.step_of(found, t - window[0]), lam)
+        gather(window, lams)
+    return gather.gradients(lam[:, :, 0])
+
+
+def adjoint_by_sweeps(steps: Steps, before: Tensor, cots: Cotangents, tol: float) -> Gradients:
+    """Gradients by iterating on the boundary gradients, no Jacobian formed; at most n sweeps."""
+    n = before.shape[3]
+    beta = torch.zeros_like(before[0])
+    beta[:, :, -1] = cots.dh_n
+    lams = torch.empty_like(before)
+    alpha = torch.empty_like(beta)
+    live = n  # chunks from `live` on are exact
+    while True:
+        alpha[:, :, :live] = _pull_chunks(steps, before, cots, beta, lams, live)
+        incoming = alpha[:, :, 1:live]
+        defect = incoming - beta[:, :, : live - 1]
+        unchanged = (defect == 0) | (incoming.isnan() & beta[:, :, : live - 1].isnan())
+        exact = unchanged.transpose(0, 2).flatten(1).all(1).flip(0)
+        live_next = live - 1 - int(exact.long().cumprod(0).sum())
+        scale = alpha.nan_to_num(0.0, 0.0, 0.0).abs().amax((0, *range(2, alpha.dim())), keepdim=True)
+        outside = ~((defect.abs() <= tol * scale) | unchanged)
+        if live_next <= 0 or not bool(outside.any()):
+            break
+        beta[:, :, : live - 1] = incoming
+        live = live_next
+    gather = _Gather(steps, before, cots)
+    for window in steps.windows():
+        gather(window, lams[slice(*window)])
+    return gather.gradients(alpha[:, :, 0])
+
+
+def _pull_chunks(steps: Steps, before: Tensor, cots: Cotangents, beta: Tensor, lams: Tensor, live: int) -> Tensor:
+    """Pull `beta` back through the first `live` chunks, writing lambda for each step; the gradients by their starts."""
+    lam, last = beta[:, :, :live], before.shape[3] == live
+    resets = None if steps.resets is None else steps.at(steps.resets)
+    dys = Cotangents(cots.dys[:, :, :, :live], cots.slot, cots.dh_n, cots.tail)
+    for t in reversed(range(steps.length)):
+        lam = dys.add(lam, t)
+        lams[t, :, :, :live] = lam
+        pulled = steps.trace.pull(
+            before[t, :, :, :live].unbind(0), steps.xs[t, :, :, :live].unbind(0), steps.params, lam.unbind(0)
+        )
+        new = torch.stack(pulled)
+        if resets is not None:
+            new = new.masked_fill(resets[t, :, :live], 0.0)
+        if last and t >= cots.tail:
+            new[:, :, -1] = lam[:, :, -1]
+        lam = new
+    return lam
+
+
+def _identity_on_padding(steps: Steps, jacobians: Tensor, window: tuple[int, int], tail: int) -> None:
+    """Steps after the last real one hand gradients through unchanged."""
+    a, b = max(window[0], tail) - window[0], window[1] - window[0]
+    if a >= b:
+        return
+    algebra = steps.algebra
+    if algebra.full:
+        jacobians[a:b, :, -1] = algebra.identity((b - a, jacobians.shape[1]), jacobians)
+    else:
+        jacobians[:, :, a:b, :, -1] = algebra.identity((b - a, jacobians.shape[3]), jacobians)
+
+
+class _Gather:
+    """Turns lambdas into gradients of inputs and parameters, window by window."""
+
+    def __init__(self, steps: Steps, before: Tensor, cots: Cotangents):
+        self.steps, self.before, self.tail = steps, before, cots.tail
+        self.xs = torch.empty_like(steps.xs)
+        self.params = [torch.zeros_like(p) for p in steps.params]
+
+    def __call__(self, window: tuple[int, int], lams: Tensor) -> None:
+        a, b = window
+        if b > self.tail:
+            lams = lams.clone() if lams._is_view() else lams
+            lams[max(self.tail - a, 0) :, :, :, -1] = 0.0
+        steps = self.steps
+        d_xs, d_params = steps.trace.vjp(
+            self.before[a:b].unbind(1), steps.xs[a:b].unbind(1), steps.params, lams.unbind(1)
+        )
+        for g, d in enumerate(d_xs):
+            self.xs[a:b, g] = d
+        for total, d in zip(self.params, d_params, strict=True):
+            total += d
+
+    def gradients(self, h0: Tensor) -> Gradients:
+        return Gradients(self.xs, self.params, h0)

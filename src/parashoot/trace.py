@@ -1,0 +1,372 @@
+"""From a step to its derivatives: check the step's rules, trace it once, prove its structure, name it by a digest.
+
+One trace of `(states, inputs, params, cotangents) -> (new states, cotangents of states, inputs, params)` holds everything:
+the Jacobian's row i is the same graph with the cotangents bound to the unit vector e_i. PyTorch does the differentiation.
+Channelwise steps become a canonical scalar graph (`graph.py`); steps that mix channels keep PyTorch's own graph, with the
+number of rows symbolic. Traces are made on a thread of their own, so the caller's autocast, inference mode, compiler or
+autograd state cannot leak into them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import linecache
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import core_aten_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .cell import Cell
+from .errors import CellError, StructureError, bad_cell, describe
+from .graph import Builder, Graph, UnknownOperation, from_fx
+
+Tensors = Sequence[Tensor]
+_traces: dict[tuple, Trace] = {}
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """The derivatives of one step at one compute dtype. Shapes: states (R..., F), F = (C,) or (H, n); any leading R.
+
+    - `jacobian(states, inputs, params)`: A = d new / d old. Channelwise: (S, S, R..., C). Otherwise (R..., H, K, K) with
+      K = S n (H = 1, n = C for a dense cell).
+    - `vjp(states, inputs, params, cotangents)`: cotangents of inputs and (summed over R) of params.
+    - `pull(states, inputs, params, cotangents)`: cotangents of the states.
+    - `step_ops`, `jacobian_ops`: elementary operations per step, for the cost model. `graph`: the canonical graph of the
+      new states and Jacobian (channelwise only).
+    """
+
+    digest: str
+    step_ops: int
+    jacobian_ops: int
+    graph: Graph | None
+    jacobian: Callable[[Tensors, Tensors, Tensors], Tensor]
+    vjp: Callable[[Tensors, Tensors, Tensors, Tensors], tuple[list[Tensor], list[Tensor]]]
+    pull: Callable[[Tensors, Tensors, Tensors, Tensors], list[Tensor]]
+
+    @property
+    def number(self) -> float:
+        """52 bits of the digest as a float64, exactly: how the custom op hands it from forward to backward."""
+        return float(int(self.digest[:13], 16))
+
+
+def trace(cell: Cell, dtype: torch.dtype, device: torch.device, feature: tuple[int, ...], param_shapes: tuple) -> Trace:
+    """The trace of `cell` for a compute dtype; cached, and made anew when anything that the step reads has changed.
+
+    `feature` is (C,) or (H, n), `param_shapes` the shape of each parameter as the step sees it. Raises `CellError` or
+    `StructureError`.
+    """
+    where = () if cell.structure == "channelwise" else (device.type, feature, param_shapes)
+    key = (cell.key, dtype, cell.fingerprint(), *where)
+    if key not in _traces:
+        with _lock:
+            make = _trace_channelwise if cell.structure == "channelwise" else _trace_matrix
+            _traces[key] = _on_fresh_thread(lambda: make(cell, dtype, device, feature, param_shapes))
+    return _traces[key]
+
+
+def _on_fresh_thread(work: Callable[[], Any]) -> Any:
+    result: list[Any] = []
+
+    def run() -> None:
+        try:
+            result.append((True, work()))
+        except BaseException as e:
+            result.append((False, e))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    ok, value = result[0]
+    if not ok:
+        raise value
+    return value
+
+
+# The rules of a step, checked by running it once on random tensors.
+
+
+class _Rules(TorchDispatchMode):
+    """Refuses in-place writes, randomness and branches on values, naming the user's line."""
+
+    def __init__(self, cell: Cell):
+        super().__init__()
+        self.cell, self.lines = cell, {}
+
+    def _line(self) -> str:
+        frame, code = sys._getframe(2), self.cell.step.__code__
+        while frame is not None and frame.f_code is not code:
+            frame = frame.f_back
+        if frame is None:
+            return ""
+        text = linecache.getline(code.co_filename, frame.f_lineno).strip()
+        return f"{code.co_filename}:{frame.f_lineno}: {text}"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, line = self.cell.name, self._line()
+        self.lines.setdefault(func._schema.name, line)
+        if func._schema.is_mutable:
+            bad_cell(name, f"the step writes in place ({func})", "Return new tensors: h = h + u, not h += u.", line)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            remedy = "Draw random numbers outside and pass them as a ps.Input."
+            bad_cell(name, f"the step is random ({func})", remedy, line)
+        if func._schema.name in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero"):
+            remedy = "Use torch.where: every step must do the same operations."
+            bad_cell(name, "the step branches on, or reads out, the value of a tensor", remedy, line)
+        return func(*args, **(kwargs or {}))
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(*shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1).to(device, dtype)
+
+
+def _check_rules(cell: Cell, states: Tensors, inputs: Tensors, params: Tensors) -> dict[str, str]:
+    rules, name, slots = _Rules(cell), cell.name, len(cell.states)
+    try:
+        with rules, torch.no_grad():
+            out = cell.step(*states, *inputs, *params)
+    except (CellError, StructureError):
+        raise
+    except Exception as e:
+        shapes = {
+            a: tuple(v.shape)
+            for a, v in zip(cell.states + cell.inputs + cell.params, [*states, *inputs, *params], strict=True)
+        }
+        bad_cell(
+            name,
+            f"the step failed on arguments of shapes {shapes}: {type(e).__name__}: {e}",
+            "Make it run on such tensors.",
+        )
+    new = (out,) if isinstance(out, Tensor) else out
+    if not isinstance(new, (tuple, list)) or len(new) != slots or not all(isinstance(v, Tensor) for v in new):
+        came = [describe(v) for v in new] if isinstance(new, (tuple, list)) else describe(new)
+        bad_cell(
+            name,
+            f"the step returned {came}",
+            f"Return the {slots} new state(s) {cell.states}, each a tensor, in that order.",
+        )
+    for slot, old, v in zip(cell.states, states, new, strict=True):
+        if v.dtype != old.dtype:
+            bad_cell(
+                name,
+                f"state '{slot}' came back as {v.dtype}, was {old.dtype}",
+                "Keep the dtype of the state that came in.",
+            )
+        try:
+            fits = torch.broadcast_shapes(v.shape, old.shape) == old.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            bad_cell(
+                name,
+                f"state '{slot}' came back with shape {tuple(v.shape)}, was {tuple(old.shape)}",
+                "Keep the shape of each state.",
+            )
+    return rules.lines
+
+
+def _both_ways(cell: Cell) -> Callable[..., list[Tensor | None]]:
+    """The function that is traced: new states and all cotangents."""
+    slots, inputs = len(cell.states), len(cell.inputs)
+
+    def run(*args: Tensor) -> list[Tensor | None]:
+        leaves, cotangents = args[: len(args) - slots], args[len(args) - slots :]
+        with torch.enable_grad():
+            leaves = [a.detach().requires_grad_() for a in leaves]
+            new = cell.new_states(leaves[:slots], leaves[slots : slots + inputs], leaves[slots + inputs :])
+            new = [v if v.shape == h.shape else v.expand_as(h) for v, h in zip(new, leaves, strict=False)]
+            pairs = [(v, g) for v, g in zip(new, cotangents, strict=True) if v.requires_grad]
+            if not pairs:
+                return [*new, *[None] * len(leaves)]
+            grads = torch.autograd.grad([v for v, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+        return [*(v.detach() for v in new), *grads]
+
+    return run
+
+
+# Channelwise: proved from the graph.
+
+
+def _trace_channelwise(cell: Cell, dtype: torch.dtype, device: torch.device, feature: Any, shapes: Any) -> Trace:
+    slots, inputs, params = len(cell.states), len(cell.inputs), len(cell.params)
+    sizes = [(3, 5)] * (slots + inputs) + [(5,)] * params
+    values = [_random(s, dtype, "cpu", 7 + k) for k, s in enumerate(sizes)]
+    try:
+        lines = _check_rules(cell, values[:slots], values[slots : slots + inputs], values[slots + inputs :])
+    except CellError as e:
+        if "the step failed on arguments" in str(e):
+            raise CellError(
+                f"{e} If its channels mix on purpose, declare @ps.cell(structure='headwise', width=n) or 'dense'."
+            ) from e
+        raise
+    names = [f"h{i}" for i in range(slots)] + [f"x{i}" for i in range(inputs)] + [f"p{i}" for i in range(params)]
+    names += [f"g{i}" for i in range(slots)]
+    decompositions: Any = core_aten_decompositions()
+    graphs = []
+    for shape in ((2,), (3, 5)):  # the same graph at two shapes: nothing in it depends on the shape
+        arguments = [_random(shape, dtype, "cpu", k) for k in range(len(names))]
+        fx = make_fx(_both_ways(cell), decomposition_table=decompositions)(*arguments)
+        try:
+            graphs.append(from_fx(fx, names))
+        except UnknownOperation as e:
+            op, why = e.args
+            line = (
+                next((v for k, v in lines.items() if k.split("::")[1] == op.split(".")[1:2][0]), "")
+                if "." in op
+                else ""
+            )
+            line = line or f"{cell.step.__code__.co_filename}:{cell.step.__code__.co_firstlineno}"
+            raise StructureError(
+                f"cell '{cell.name}' is not channelwise: {op}: {why} ({line}). Use elementwise operations only, or declare "
+                "@ps.cell(structure='headwise', width=n) or @ps.cell(structure='dense')."
+            ) from None
+    if str(graphs[0]) != str(graphs[1]):
+        bad_cell(
+            cell.name, "the step's operations depend on the shape of its arguments", "Pass sizes in as Python numbers."
+        )
+    whole = graphs[0]
+    values = zip(whole.compile(dtype)(*arguments), fx(*arguments), strict=True)
+    if not all(v is None or torch.allclose(_filled(u, arguments[0]), v, rtol=1e-4, atol=1e-5) for u, v in values):
+        bad_cell(
+            cell.name, "its canonical graph computes something else than the step", "Please report it, with the step."
+        )
+    new, d_states, d_inputs, d_params = _split([slots, slots, inputs, params])
+    builder = Builder(names)
+    outputs = builder.inline(whole.select(new), {})
+    for i in range(slots):
+        outputs += builder.inline(whole.select(d_states), {f"g{k}": float(i == k) for k in range(slots)})
+    both = builder.graph(outputs)
+    jac_graph = both.select(range(slots, slots + slots * slots))
+    run_jac, run_vjp, run_pull = (
+        g.compile(dtype) for g in (jac_graph, whole.select([*d_inputs, *d_params]), whole.select(d_states))
+    )
+    nothing = (None,) * slots
+
+    def jacobian(states: Tensors, xs: Tensors, ps: Tensors) -> Tensor:
+        entries = run_jac(*states, *xs, *ps, *nothing)
+        like = states[0]
+        if slots == 1 and isinstance(entries[0], Tensor) and entries[0].shape == like.shape:
+            return entries[0][None, None]
+        out = like.new_empty(slots, slots, *like.shape)
+        for k, a in enumerate(entries):
+            out[k // slots, k % slots] = a
+        return out
+
+    def vjp(states: Tensors, xs: Tensors, ps: Tensors, cotangents: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+        out = [_filled(v, states[0]) for v in run_vjp(*states, *xs, *ps, *cotangents)]
+        channels = states[0].shape[-1]
+        return out[:inputs], [v.reshape(-1, channels).sum(0) for v in out[inputs:]]
+
+    def pull(states: Tensors, xs: Tensors, ps: Tensors, cotangents: Tensors) -> list[Tensor]:
+        return [_filled(v, states[0]) for v in run_pull(*states, *xs, *ps, *cotangents)]
+
+    text = f"{slots},{inputs},{params},{cell.output}\n{whole}"
+    step_ops = len(whole.select(new).ops)
+    return Trace(_digest(text), step_ops, len(jac_graph.ops), both, jacobian, vjp, pull)
+
+
+def _filled(v: Any, like: Tensor) -> Tensor:
+    return v.expand_as(like) if isinstance(v, Tensor) else torch.full_like(like, v)
+
+
+def _split(sizes: list[int]) -> list[range]:
+    ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
+    return [range(e - s, e) for s, e in zip(sizes, ends, strict=True)]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Headwise and dense: declared, and checked by perturbing one head or row and looking at the others.
+
+
+def _trace_matrix(
+    cell: Cell, dtype: torch.dtype, device: torch.device, feature: tuple[int, ...], shapes: tuple
+) -> Trace:
+    slots, inputs = len(cell.states), len(cell.inputs)
+    taken = {1, *feature, *(s for shape in shapes for s in shape)}
+    rows = next(p for p in (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53) if p not in taken)
+    sizes = [(rows, *feature)] * (slots + inputs) + list(shapes)
+    values = [_random(s, dtype, device, 7 + k) for k, s in enumerate(sizes)]
+    _check_rules(cell, values[:slots], values[slots : slots + inputs], values[slots + inputs :])
+    _check_independence(cell, values, feature)
+    cotangents = [_random((rows, *feature), dtype, device, 91 + k) for k in range(slots)]
+    fx = make_fx(_both_ways(cell), tracing_mode="symbolic")(*values, *cotangents)
+    for node in list(fx.graph.nodes):
+        if node.op == "call_function" and node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+    _, d_states, d_inputs, d_params = _split([slots, slots, inputs, len(shapes)])
+    run_vjp = _outputs_only(fx, [*d_inputs, *d_params])
+    run_pull = _outputs_only(fx, list(d_states))
+    width = feature[-1]
+    k = slots * width
+
+    def flat(tensors: Tensors) -> list[Tensor]:
+        return [t.reshape(-1, *feature) for t in tensors]
+
+    def pull(states: Tensors, xs: Tensors, ps: Tensors, cots: Tensors) -> list[Tensor]:
+        out = run_pull(*flat(states), *flat(xs), *ps, *flat(cots))
+        return [_filled(0.0 if v is None else v.reshape(states[0].shape), states[0]) for v in out]
+
+    def vjp(states: Tensors, xs: Tensors, ps: Tensors, cots: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+        out = run_vjp(*flat(states), *flat(xs), *ps, *flat(cots))
+        d_x = [_filled(0.0 if v is None else v.reshape(states[0].shape), states[0]) for v in out[:inputs]]
+        return d_x, [torch.zeros_like(p) if v is None else v for p, v in zip(ps, out[inputs:], strict=True)]
+
+    def jacobian(states: Tensors, xs: Tensors, ps: Tensors) -> Tensor:
+        lead = states[0].shape[: states[0].dim() - len(feature)]
+        spread = lambda ts: [t.expand(k, *t.shape) for t in ts]
+        unit = torch.eye(k, dtype=dtype, device=states[0].device).view(k, slots, width)
+        unit = unit.view(k, slots, *[1] * (states[0].dim() - 1), width)
+        rows_of = [unit[:, i].expand(k, *states[0].shape) for i in range(slots)]
+        grads = pull(spread(states), spread(xs), ps, rows_of)
+        heads = feature[0] if len(feature) == 2 else 1
+        stacked = torch.stack([g.reshape(k, *lead, heads, width) for g in grads], -2).flatten(-2)
+        return stacked.movedim(0, -2)  # (R..., H, K_out, K_in)
+
+    text = f"{cell.structure},{feature},{cell.output}\n{fx.graph}"
+    ops = sum(n.op == "call_function" for n in fx.graph.nodes)
+    return Trace(_digest(text), max(1, ops // 4), ops * k, None, jacobian, vjp, pull)
+
+
+def _outputs_only(fx: torch.fx.GraphModule, keep: list[int]) -> torch.fx.GraphModule:
+    cut = copy.deepcopy(fx)
+    output = next(n for n in cut.graph.nodes if n.op == "output")
+    output.args = ([output.args[0][i] for i in keep],)
+    cut.graph.eliminate_dead_code()
+    cut.recompile()
+    return cut
+
+
+def _check_independence(cell: Cell, values: list[Tensor], feature: tuple[int, ...]) -> None:
+    slots, moving = len(cell.states), len(cell.states) + len(cell.inputs)
+    before = cell.new_states(values[:slots], values[slots:moving], values[moving:])
+    axes = [(0, "sequence", "sequences")] + ([(1, "head", "heads")] if len(feature) == 2 else [])
+    for axis, one, many in axes:
+        moved = []
+        for k, v in enumerate(values):
+            v = v.clone()
+            if k < moving:
+                v.select(axis, 0).add_(0.5)
+            moved.append(v)
+        after = cell.new_states(moved[:slots], moved[slots:moving], moved[moving:])
+        for name, a, b, h in zip(cell.states, before, after, values, strict=False):
+            rest = slice(1, None)
+            a, b = (t.expand_as(h).movedim(axis, 0)[rest] for t in (a, b))
+            if a.numel() and not torch.allclose(a, b, rtol=1e-5, atol=1e-6):
+                raise StructureError(
+                    f"cell '{cell.name}' is declared {cell.structure}, but its state '{name}' in one {one} depends on another: "
+                    f"{many} must not mix (difference {float((a - b).abs().max()):.2g}). Declare structure='dense', or act on the "
+                    f"last {'axis' if len(feature) == 1 else 'two axes'} only, with any leading axes."
+                )

@@ -1,0 +1,13 @@
+"""What every test runs under: the helpers importable, one thread for each worker, the same examples each time."""
+
+import sys
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)
+slow_is_fine = [HealthCheck.too_slow]  # the first example also traces the cell
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=15, suppress_health_check=slow_is_fine)
+settings.load_profile("suite")

@@ -1,0 +1,56 @@
+"""Every shipped cell under every solver against a loop: states, final state and all gradients, with resets, both directions."""
+
+import pytest
+import torch
+
+import parashoot as ps
+from oracle import CELLS, by_loop, gradients, random_problem, random_resets, relative
+
+SOLVERS = {
+    "auto": None,
+    "sequential": ps.Sequential(),
+    "newton": ps.Newton(),
+    "exact-8": ps.MultipleShooting(8),
+    "diagonal-16": ps.MultipleShooting(16, jacobian="diagonal"),
+    "zero-32": ps.MultipleShooting(32, jacobian="zero"),
+}
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("name", CELLS)
+def test_agrees_with_the_loop(name: str, solver: ps.MultipleShooting | None, reverse: bool):
+    cell = CELLS[name]
+    x, params, h0 = random_problem(cell, 2, 67, 8, sigma=0.7)
+    reset = random_resets(2, 67, share=0.05)
+
+    def run(x, params, h0):
+        return ps.scan(cell, x, params or None, h0, reset=reset, reverse=reverse, solver=solver)
+
+    want, h_want = by_loop(cell, reset, reverse)(x, params, h0)
+    y, h_n = run(x, params, h0)
+    assert relative(y, want) < 1e-10
+    if not reverse:
+        assert relative(h_n, h_want) < 1e-10
+    dy = torch.randn_like(y)
+    oracle = gradients(by_loop(cell, reset, reverse), x, params, h0, dy, None)
+    for got, grad in zip(gradients(run, x, params, h0, dy, None), oracle, strict=True):
+        assert relative(got, grad) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chaotic_cell_ends_exactly_in_at_most_n_sweeps(dtype: torch.dtype):
+    @ps.cell
+    def logistic(h: ps.State, x: ps.Input, a: ps.Param):
+        return a * h * (1 - h) + 0 * x
+
+    x, a, h0 = (
+        torch.zeros(1, 256, 1, 4, dtype=dtype),
+        torch.full((1, 4), 3.9, dtype=dtype),
+        torch.rand(1, 1, 4, dtype=dtype),
+    )
+    want = by_loop(logistic)(x, [a[0]], h0)[0]
+    for chunk in (1, 8, 32):
+        y, _, info = ps.scan(logistic, x, a, h0, solver=ps.MultipleShooting(chunk), return_info=True)
+        assert torch.equal(y, want)
+        assert info.iterations <= -(-256 // chunk)
