@@ -29,16 +29,16 @@ TORCH_FLAGS ?=
 
 READY := $(VENV)/.installed
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+WORKERS := -n auto --maxprocesses=4 --dist worksteal
 ifeq ($(origin PY),command line)
 NEEDS :=
 export PYTHONPATH := src
 # An environment of the user's own may lack the linters and xdist: they are left out there, and only there.
-WORKERS := $(shell $(PY) -c 'import xdist' 2>/dev/null && echo -n auto --maxprocesses=4 --dist worksteal)
+WORKERS := $(if $(shell $(PY) -c 'import xdist' 2>/dev/null && echo yes),$(WORKERS))
 LINTERS := $(shell $(PY) -c 'import ruff, pyright' 2>/dev/null && echo yes)
 else
 NEEDS := $(READY)
 PY := $(VENV)/bin/python
-WORKERS := -n auto --maxprocesses=4 --dist worksteal
 LINTERS := yes
 endif
 

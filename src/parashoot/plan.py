@@ -31,7 +31,7 @@ class MultipleShooting:
 
     - `chunk_length`: steps a chunk, or "auto" (chosen from shape and device).
     - `tol`: largest defect, and largest predicted correction, relative to max(1, |state|); None: 1e-6 in fp32 (and for
-      bf16/fp16 storage), 1e-12 in fp64; a tenth of it when the Jacobian is not exact.
+      bf16/fp16 storage), 1e-12 in fp64; tighter when the Jacobian is not exact.
     - `max_iters`: sweeps allowed; None: until converged, which takes at most as many sweeps as there are chunks.
     - `jacobian`: "exact", "diagonal" (quasi-Newton) or "zero" (fixed point); "auto" takes "zero" where matrices are large.
     - `backend`: "auto", "torch" or "triton".
@@ -132,27 +132,36 @@ def make_plan(
             f"{jacobian} Jacobian: {'one' if width == 1 else f'{width} x {width}'} per {'channel' if width == 1 else 'head'}"
         )
     if solver.chunk_length == "auto":
-        length = _choose_length(time, batch * channels, width if jacobian == "exact" else 1, device, ops, reasons)
+        length = _choose_length(time, batch * channels, _linear_ops(width, jacobian, ops), device, ops[0], reasons)
     else:
         length = min(int(solver.chunk_length), time)
         reasons.append("chunk length asked for")
-    tol = solver.tol if solver.tol is not None else (tol if jacobian == "exact" else tol / 10)
+    tol = solver.tol if solver.tol is not None else _tolerance(tol, jacobian, dtype)
     return Plan("torch", length, -(-time // length), jacobian, tol, solver.max_iters, window, tuple(reasons))
 
 
-def _choose_length(
-    time: int, width: int, block: int, device: torch.device, ops: tuple[int, int], reasons: list[str]
-) -> int:
+def _tolerance(tol: float, jacobian: str, dtype: torch.dtype) -> float:
+    """An inexact Jacobian leaves more error behind a defect; below a few roundings no defect can be told from noise."""
+    return tol if jacobian == "exact" else max(tol / 10, 4 * torch.finfo(compute_dtype(dtype)).eps)
+
+
+def _linear_ops(width: int, jacobian: str, ops: tuple[int, int]) -> int:
+    """Elementary operations for each state element to form a step's Jacobian and multiply it on."""
+    if jacobian == "zero":
+        return 0
+    return ops[1] + 1 if width == 1 else ops[0] * width + width * width
+
+
+def _choose_length(time: int, width: int, linear_ops: int, device: torch.device, step: int, reasons: list[str]) -> int:
     start, each = _COST.get(device.type, _COST["cuda"])
-    step, jac = ops
 
     def seconds(length: int) -> float:
         chunks = -(-time // length)
         once = length * step * (start + each * width * chunks)
         if chunks == 1:
             return once
-        linear = time * width * jac * block * each + length * 2 * start * block + chunks * 12 * start
-        return 2 * once + linear + 60 * start
+        linear = time * width * linear_ops * each + (length * 2 + chunks * 12) * start
+        return 3 * once + linear + 200 * start
 
     best = min([time, *(2**k for k in range(2, 12) if 2**k < time)], key=seconds)
     reasons.append(
