@@ -2,6 +2,7 @@
 
 from . import cells, errors
 from .cell import Cell, Input, Param, State, cell
+from .diagnostics import lyapunov_exponents, verify
 from .errors import (
     ArgumentError,
     ArgumentTypeError,

@@ -164,15 +164,15 @@ class RNN(nn.Module):
         if not self.cell.params:
             return []
         if self._vectors:
-            found = list(self.get_parameter(f"weight_hh_{suffix}").unbind(0))
+            found = list(getattr(self, f"weight_hh_{suffix}").unbind(0))
         else:
-            found = [self.get_parameter(f"weight_hh_{suffix}_{name}") for name in self.cell.params]
+            found = [getattr(self, f"weight_hh_{suffix}_{name}") for name in self.cell.params]
         clip = self.recurrent_clip
         return [_Clip.apply(p, clip) if clip and p.dim() == 1 else p for p in found]  # type: ignore[misc]
 
     def _project(self, x: Tensor, suffix: str) -> Tensor:
         """(B, T, D) -> the cell's inputs (B, T, G, C)."""
-        weight, bias = self.get_parameter(f"weight_ih_{suffix}"), getattr(self, f"bias_{suffix}")
+        weight, bias = getattr(self, f"weight_ih_{suffix}"), getattr(self, f"bias_{suffix}")
         gates = (len(self.cell.inputs), self.hidden_size)
         if self.num_heads == 1:
             return nn.functional.linear(x, weight[0], None if bias is None else bias.flatten()).unflatten(-1, gates)

@@ -92,7 +92,7 @@ def scan_backward_op(
     made = get_cell(cell)
     solver = _decode(length, tol, max_iters, jacobian, backend)
     with torch.autocast(x.device.type, enabled=False):
-        if trace_for(made, x, _as_seen(made, params, compute_dtype(x.dtype))).number != float(stats[3]):
+        if trace_for(made, x, as_seen(made, params, compute_dtype(x.dtype))).number != float(stats[3]):
             raise GradientError(
                 f"cell '{made.name}' changed between forward and backward: something its step reads (a global, a closure) "
                 "has another value now. Keep it fixed until backward has run."
@@ -224,7 +224,7 @@ class Layout:
         return v.view(self.batch, self.chunks, self.length).permute(2, 0, 1).contiguous()
 
 
-def _as_seen(cell: Cell, params: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def as_seen(cell: Cell, params: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Parameters in the compute dtype, vectors of a headwise cell as (H, n)."""
     return [p.to(dtype).unflatten(0, (-1, cell.width)) if cell.width and p.dim() == 1 else p.to(dtype) for p in params]
 
@@ -232,7 +232,7 @@ def _as_seen(cell: Cell, params: list[Tensor], dtype: torch.dtype) -> list[Tenso
 def _prepare(
     cell: Cell, x: Tensor, params: list[Tensor], reset: Tensor | None, reverse: bool, solver: Solver
 ) -> tuple[Plan, Steps, Layout]:
-    seen = _as_seen(cell, params, compute_dtype(x.dtype))
+    seen = as_seen(cell, params, compute_dtype(x.dtype))
     plan = plan_for(cell, x, seen, solver)
     feature = feature_shape(cell, x.shape[-1])
     layout = Layout(x, plan.chunk_length, feature, reverse)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cell import Cell, parameter_shapes
 from .errors import bad_type, bad_value
-from .op import _as_seen, encode, scan_op
+from .op import as_seen, encode, scan_op
 from .plan import Explanation, Solver, check_solver, compute_dtype, plan_for, trace_for
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -75,7 +75,7 @@ def scan(
         if not isinstance(value, bool):
             bad_type(name, value, "True or False")
     if not torch.compiler.is_compiling():
-        plan_for(cell, x, _as_seen(cell, params, compute_dtype(x.dtype)), solver)  # a step's errors, before any work
+        plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)  # a step's errors, before any work
     if h0 is None:
         h0 = x.new_zeros(x.shape[0], len(cell.states), x.shape[3])
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, *params))
@@ -95,7 +95,7 @@ def explain(
     if params is None and isinstance(cell, Cell) and isinstance(x, Tensor) and x.dim() == 4:
         params = [x.new_zeros(shape) for shape in parameter_shapes(cell, x.shape[3])]
     params = check_arguments(cell, x, params, None, None)
-    seen = _as_seen(cell, params, compute_dtype(x.dtype))
+    seen = as_seen(cell, params, compute_dtype(x.dtype))
     plan = plan_for(cell, x, seen, solver)
     return Explanation(cell.name, cell.structure, trace_for(cell, x, seen).digest, plan)
 

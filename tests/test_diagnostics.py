@@ -1,0 +1,64 @@
+"""verify and explain: they pass what agrees, fail what does not, and estimate exponents that are known."""
+
+import math
+
+import pytest
+import torch
+
+import parashoot as ps
+from oracle import CELLS
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_shipped_cells_pass(name: str):
+    report = ps.verify(CELLS[name], torch.randn(2, 70, len(CELLS[name].inputs), 8))
+    assert report.passed
+    assert report.output_error < 1e-5
+    assert report.to_dict()["name"] == CELLS[name].name
+    assert "gradient error" in str(report)
+
+
+def test_layer_passes():
+    report = ps.verify(ps.ParaLSTM(6, 8, 2, bidirectional=True), torch.randn(2, 40, 6))
+    assert report.passed
+
+
+def test_loose_tolerance_fails():
+    @ps.cell
+    def slow(h: ps.State, x: ps.Input):
+        return torch.sin(h + 0.1 * x)
+
+    loose = ps.MultipleShooting(4, tol=0.5, jacobian="zero")
+    assert not ps.verify(slow, torch.randn(1, 200, 1, 4), solver=loose).passed
+
+
+def test_lyapunov_exponent_of_a_linear_cell_is_the_log_of_its_rate():
+    @ps.cell
+    def linear(h: ps.State, x: ps.Input, a: ps.Param):
+        return a * h + x
+
+    rates = torch.tensor([[0.5, -0.9, 1.01]])
+    found = ps.lyapunov_exponents(linear, torch.randn(2, 50, 1, 3), rates)
+    torch.testing.assert_close(found, rates.abs().log().double().expand(2, 3))
+
+
+def test_lyapunov_exponent_of_a_rotation_is_zero():
+    @ps.cell(structure="dense")
+    def rotation(h: ps.State, x: ps.Input, W: ps.Param):
+        return h @ W.mT + x
+
+    turn = torch.tensor([[math.cos(0.3), -math.sin(0.3)], [math.sin(0.3), math.cos(0.3)]])
+    found = ps.lyapunov_exponents(rotation, torch.randn(1, 400, 1, 2), (turn,))
+    assert abs(float(found)) < 0.01
+
+
+def test_explain_says_what_will_run():
+    text = str(ps.explain(ps.cells.gru, torch.randn(1, 4096, 3, 64)))
+    assert "channelwise" in text
+    assert "chunks" in text
+    assert "elman" in str(ps.explain(ps.cells.elman, torch.randn(1, 32, 1, 8), solver=ps.Sequential()))
+
+
+def test_verify_refuses_other_things():
+    with pytest.raises(ps.ArgumentTypeError, match="cell_or_layer"):
+        ps.verify(torch.nn.GRU(3, 3), torch.randn(1, 3, 3))
