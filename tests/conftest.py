@@ -1,8 +1,9 @@
-"""What every test runs under: the helpers importable, one thread for each worker, the same examples each time."""
+"""What every test runs under: the helpers importable, one thread for each worker, the same numbers each time."""
 
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -11,3 +12,8 @@ torch.set_num_threads(1)
 slow_is_fine = [HealthCheck.too_slow]  # the first example also traces the cell
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=15, suppress_health_check=slow_is_fine)
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""The one custom operator: every cell, solver and backend goes through `parashoot::scan` and `parashoot::scan_backward`.
+"""The one operator: every cell, solver and backend goes through `parashoot::scan` and `parashoot::scan_backward`, or straight
+to the two functions behind them where nothing needs an operator.
 
-Being an operator with fake kernels, it is opaque to `torch.compile`, autocast and activation checkpointing, which therefore
-work. Its implementation turns tensors (B, T, ...) into chunks, lets the plan's backend solve them, and turns them back.
+Being an operator with fake kernels, it is opaque to `torch.compile`. Its implementation turns tensors (B, T, ...) into chunks, lets the plan's backend solve them, and turns them back.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .cell import Cell, feature_shape, get_cell
 from .errors import GradientError
-from .plan import MultipleShooting, Plan, Sequential, Solver, compute_dtype, plan_for, trace_for
+from .plan import MultipleShooting, Plan, Sequential, Solver, compute_dtype, plan_for
 from .solve.adjoint import Cotangents, Gradients, adjoint, adjoint_by_sweeps
 from .solve.linear import Algebra
+from .solve.sequential import loop
 from .solve.shooting import Steps, shoot
 
 
@@ -33,34 +34,36 @@ def _decode(length: int, tol: float, max_iters: int, jacobian: str, backend: str
     return MultipleShooting("auto" if length == 0 else length, None if tol < 0 else tol, limit, jacobian, backend)
 
 
+def _forward(
+    x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool, save: bool,
+    solver: Solver,
+) -> tuple[Tensor, Tensor, Tensor, list[float]]:  # fmt: skip
+    """(y, h_n, saved, stats): y (B, T, C) or with `all_states` (B, T, S, C); `saved` all states (B, T, S, C) in the compute
+    dtype if `save` and y is not that already; stats: iterations max, mean, defect, digest number, chunk length."""
+    with torch.autocast(x.device.type, enabled=False):
+        plan, steps, layout = _prepare(cell, x, params, reset, reverse, solver)
+        result = shoot(steps, layout.state(h0), plan.jacobian, plan.tol, plan.max_iters)
+    ys = result.ys
+    last = ys[(layout.time - 1) % layout.length, :, :, -1]
+    h_n = last.flatten(2).movedim(0, 1).to(h0.dtype)
+    y = layout.unchunk(ys if all_states else ys[:, cell.output : cell.output + 1], x.dtype)
+    y = y if all_states else y.squeeze(2)
+    saved = layout.unchunk(ys, steps.xs.dtype) if save and _needs_saved(cell, x, all_states) else steps.xs.new_empty(0)
+    slowest, mean = (
+        (1.0, 1.0) if plan.chunks == 1 else (float(result.iterations.max()), float(result.iterations.mean()))
+    )
+    return y, h_n.contiguous(), saved, [slowest, mean, result.defect, steps.trace.number, float(plan.chunk_length)]
+
+
 @torch.library.custom_op("parashoot::scan", mutates_args=())
 def scan_op(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: str, reverse: bool, all_states: bool, save: bool,
     length: int, tol: float, max_iters: int, jacobian: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, h_n, saved, stats): y (B, T, C) or with `all_states` (B, T, S, C); `saved` all states (B, T, S, C) in the compute
-    dtype if `save` and y is not that already; stats [iterations max, mean, defect, digest number, chunk length]."""
-    made = get_cell(cell)
-    with torch.autocast(x.device.type, enabled=False):
-        plan, steps, layout = _prepare(
-            made, x, params, reset, reverse, _decode(length, tol, max_iters, jacobian, backend)
-        )
-        start = layout.state(h0)
-        result = shoot(steps, start, plan.jacobian, plan.tol, plan.max_iters)
-    ys = result.ys
-    last = ys[(layout.time - 1) % layout.length, :, :, -1]
-    h_n = last.flatten(2).movedim(0, 1).to(h0.dtype)
-    y = layout.unchunk(ys if all_states else ys[:, made.output : made.output + 1], x.dtype)
-    y = y if all_states else y.squeeze(2)
-    saved = layout.unchunk(ys, steps.xs.dtype) if save and _needs_saved(made, x, all_states) else steps.xs.new_empty(0)
-    facts = [
-        float(result.iterations.max()),
-        float(result.iterations.mean()),
-        result.defect,
-        steps.trace.number,
-        plan.chunk_length,
-    ]
-    return y, h_n.contiguous(), saved, torch.tensor(facts, dtype=torch.float64)
+    """`_forward` as an operator: the cell by its key, the solver as plain arguments, stats as a tensor."""
+    solver = _decode(length, tol, max_iters, jacobian, backend)
+    y, h_n, saved, stats = _forward(x, params, h0, reset, get_cell(cell), reverse, all_states, save, solver)
+    return y, h_n, saved, torch.tensor(stats, dtype=torch.float64)
 
 
 def _needs_saved(cell: Cell, x: Tensor, all_states: bool) -> bool:
@@ -82,52 +85,60 @@ def _(x, params, h0, reset, cell, reverse, all_states, save, length, tol, max_it
     )
 
 
-@torch.library.custom_op("parashoot::scan_backward", mutates_args=())
-def scan_backward_op(
+def _gradients(
     dy: Tensor | None, dh_n: Tensor | None, x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, states: Tensor,
-    stats: Tensor, cell: str, reverse: bool, all_states: bool,
-    length: int, tol: float, max_iters: int, jacobian: str, backend: str,
+    number: float, cell: Cell, reverse: bool, solver: Solver,
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """Gradients (dx, dparams, dh0) in the dtypes of x, params, h0, from all `states` (B, T, S, C)."""
-    made = get_cell(cell)
-    solver = _decode(length, tol, max_iters, jacobian, backend)
+    """Gradients (dx, dparams, dh0) in the dtypes of x, params, h0, from all `states` (B, T, S, C) and the trace's `number`."""
     with torch.autocast(x.device.type, enabled=False):
-        if trace_for(made, x, as_seen(made, params, compute_dtype(x.dtype))).number != float(stats[3]):
-            raise GradientError(
-                f"cell '{made.name}' changed between forward and backward: something its step reads (a global, a closure) "
-                "has another value now. Keep it fixed until backward has run."
-            )
-        grads, layout = _solve_backward(made, solver, dy, dh_n, x, params, h0, reset, states, reverse, all_states)
+        grads, layout = _solve_backward(cell, solver, dy, dh_n, x, params, h0, reset, states, number, reverse)
     d_x = layout.unchunk(grads.xs, x.dtype)
     d_params = [g.reshape(p.shape).to(p.dtype) for g, p in zip(grads.params, params, strict=True)]
     return d_x, d_params, grads.h0.reshape(h0.shape[1], *h0.shape[::2]).movedim(0, 1).to(h0.dtype).contiguous()
 
 
+@torch.library.custom_op("parashoot::scan_backward", mutates_args=())
+def scan_backward_op(
+    dy: Tensor | None, dh_n: Tensor | None, x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, states: Tensor,
+    stats: Tensor, cell: str, reverse: bool,
+    length: int, tol: float, max_iters: int, jacobian: str, backend: str,
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """`_gradients` as an operator."""
+    solver = _decode(length, tol, max_iters, jacobian, backend)
+    number = float(stats[3])
+    return _gradients(dy, dh_n, x, params, h0, reset, states, number, get_cell(cell), reverse, solver)
+
+
 def _solve_backward(
     cell: Cell, solver: Solver, dy: Tensor | None, dh_n: Tensor | None, x: Tensor, params: list[Tensor], h0: Tensor,
-    reset: Tensor | None, states: Tensor, reverse: bool, all_states: bool,
+    reset: Tensor | None, states: Tensor, number: float, reverse: bool,
 ) -> tuple[Gradients, Layout]:  # fmt: skip
     plan, steps, layout = _prepare(cell, x, params, reset, reverse, solver)
+    if steps.trace.number != number:
+        raise GradientError(
+            f"cell '{cell.name}' changed between forward and backward: something its step reads (a global, a closure) "
+            "has another value now. Keep it fixed until backward has run."
+        )
     states = states.view(x.shape[0], x.shape[1], len(cell.states), x.shape[3])
-    entering = states.new_empty(states.shape)
-    if reverse:
-        entering[:, :-1], entering[:, -1] = states[:, 1:], h0
-    else:
-        entering[:, 1:], entering[:, 0] = states[:, :-1], h0
+    first = h0.to(states.dtype).unsqueeze(1)
+    entering = torch.cat([states[:, 1:], first] if reverse else [first, states[:, :-1]], 1)
     before = layout.chunk(entering)
     if steps.resets is not None:
         before = before.masked_fill(steps.at(steps.resets)[:, None], 0.0)
-    single = not all_states and len(cell.states) > 1
-    if dy is None:
-        dy = x.new_zeros(x.shape[0], x.shape[1], 1 if single else len(cell.states), x.shape[3])
-    dys = layout.chunk(dy if dy.dim() == 4 else dy.unsqueeze(2), pad_zero=True)
+    dy = dy if dy is None or dy.dim() == 4 else dy.unsqueeze(2)
+    if dy is not None and dy.shape[2] == len(cell.states):
+        dys = layout.chunk(dy, pad_zero=True)
+    else:
+        dys = torch.zeros_like(before)
+        if dy is not None:
+            dys[:, cell.output] = layout.chunk(dy, pad_zero=True)[:, 0]
     end = torch.zeros_like(before[0, :, :, 0]) if dh_n is None else layout.state(dh_n)
-    cots = Cotangents(dys, cell.output if single else None, end, layout.tail)
+    cots = Cotangents(dys, end, layout.tail)
     if plan.jacobian != "exact" and cell.structure != "channelwise":
         return adjoint_by_sweeps(steps, before, cots, plan.tol), layout
     grads = adjoint(steps, before, cots)
     if grads is None:  # a chunk's Jacobian product overflowed: sweep the whole sequence in order
-        return _solve_backward(cell, Sequential(), dy, dh_n, x, params, h0, reset, states, reverse, all_states)
+        return _solve_backward(cell, Sequential(), dy, dh_n, x, params, h0, reset, states, number, reverse)
     return grads, layout
 
 
@@ -137,7 +148,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(saved, stats)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, h0, reset, saved if _needs_saved(get_cell(cell), x, all_states) else y, stats, *params)
-    ctx.options, ctx.save = (cell, reverse, all_states, *solver), save
+    ctx.options, ctx.save = (cell, reverse, *solver), save
 
 
 def _backward(ctx, dy, dh_n, _saved, _stats):
@@ -146,11 +157,11 @@ def _backward(ctx, dy, dh_n, _saved, _stats):
         raise GradientError(
             "backward through a scan that ran without gradients enabled. Call ps.scan under torch.enable_grad()."
         )
-    nothing = [None] * 9
+    nothing = [None] * 10
     if dy is None and dh_n is None:
-        return None, [None] * len(params), None, *nothing, None
+        return None, [None] * len(params), None, *nothing
     d_x, d_params, d_h0 = scan_backward_op(dy, dh_n, x, params, h0, reset, states, stats, *ctx.options)
-    return d_x, d_params, d_h0, *nothing, None
+    return d_x, d_params, d_h0, *nothing
 
 
 scan_op.register_autograd(_backward, setup_context=_setup_context)
@@ -172,6 +183,71 @@ def _no_second_derivative(ctx, *grads):
 
 
 scan_backward_op.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+
+class _Direct(torch.autograd.Function):
+    """The same two functions without the operator, whose dispatch costs more than a short sequence takes."""
+
+    @staticmethod
+    def forward(ctx, facts: list[float], cell, reverse, all_states, save, solver, x, h0, reset, *params):  # type: ignore[override]
+        y, h_n, saved, stats = _forward(x, list(params), h0, reset, cell, reverse, all_states, save, solver)
+        facts.extend(stats)
+        if save:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(x, h0, reset, saved if _needs_saved(cell, x, all_states) else y, *params)
+            ctx.options = stats[3], cell, reverse, solver
+        return y, h_n
+
+    @staticmethod
+    def backward(ctx, dy, dh_n):  # type: ignore[override]
+        x, h0, reset, states, *params = ctx.saved_tensors
+        number, cell, reverse, solver = ctx.options
+        if dy is None and dh_n is None:
+            return (None,) * (9 + len(params))
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph: through the operator, which refuses a second derivative when asked for it
+            stats = torch.tensor([0.0, 0.0, 0.0, number], dtype=torch.float64)
+            options = (cell.key, reverse, *encode(solver))
+            d_x, d_params, d_h0 = scan_backward_op(dy, dh_n, x, params, h0, reset, states, stats, *options)
+        else:
+            d_x, d_params, d_h0 = _gradients(dy, dh_n, x, params, h0, reset, states, *ctx.options)
+        return *[None] * 6, d_x, d_h0, None, *d_params
+
+
+def run(
+    x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool, solver: Solver
+) -> tuple[Tensor, Tensor, Tensor | list[float]]:  # fmt: skip
+    """(y, h_n, stats), directly on plain tensors, through the operator when compiling or on tensor subclasses."""
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, *params))
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        y, h_n, _, stats = scan_op(x, params, h0, reset, cell.key, reverse, all_states, save, *encode(solver))
+        return y, h_n, stats
+    if cell.structure != "channelwise":
+        plan, found = plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)
+        if (
+            plan.chunks == 1
+        ):  # autograd's own sweep is the fastest when nothing runs in parallel and no matrix is formed
+            return *_looped(x, params, h0, reset, cell, reverse, all_states), [
+                1.0,
+                1.0,
+                0.0,
+                found.number,
+                float(x.shape[1]),
+            ]
+    facts: list[float] = []
+    y, h_n = _Direct.apply(facts, cell, reverse, all_states, save, solver, x, h0, reset, *params)  # type: ignore[misc]
+    return y, h_n, facts
+
+
+def _looped(
+    x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        given = [p.to(dtype) for p in params]
+        y, h_n = loop(cell, x.to(dtype), given, h0.to(dtype), reset=reset, reverse=reverse, return_states=all_states)
+    return y.to(x.dtype), h_n.to(h0.dtype)
 
 
 class Layout:
@@ -201,10 +277,12 @@ class Layout:
 
     def unchunk(self, v: Tensor, dtype: torch.dtype) -> Tensor:
         whole = (self.chunks - 1) * self.length
-        v = v.flatten(4)
+        v = v.flatten(4) if len(self.feature) > 1 else v
+        if self.chunks == 1:
+            out = v[:, :, :, 0].permute(2, 0, 1, 3).to(dtype).contiguous()
+            return out.flip(1) if self.reverse else out
         out = torch.empty(self.batch, self.time, v.shape[1], self.channels, dtype=dtype, device=v.device)
-        if self.chunks > 1:
-            out[:, :whole].unflatten(1, (self.chunks - 1, self.length)).copy_(v[:, :, :, :-1].permute(2, 3, 0, 1, 4))
+        out[:, :whole].unflatten(1, (self.chunks - 1, self.length)).copy_(v[:, :, :, :-1].permute(2, 3, 0, 1, 4))
         out[:, whole:] = v[: self.tail, :, :, -1].permute(2, 0, 1, 3)
         return out.flip(1) if self.reverse else out
 
@@ -233,9 +311,9 @@ def _prepare(
     cell: Cell, x: Tensor, params: list[Tensor], reset: Tensor | None, reverse: bool, solver: Solver
 ) -> tuple[Plan, Steps, Layout]:
     seen = as_seen(cell, params, compute_dtype(x.dtype))
-    plan = plan_for(cell, x, seen, solver)
+    plan, found = plan_for(cell, x, seen, solver)
     feature = feature_shape(cell, x.shape[-1])
     layout = Layout(x, plan.chunk_length, feature, reverse)
     algebra = Algebra(len(cell.states), feature, cell.structure != "channelwise")
     resets = None if reset is None else layout.mask(reset)
-    return plan, Steps(cell, trace_for(cell, x, seen), algebra, layout.chunk(x), seen, resets, plan.window), layout
+    return plan, Steps(cell, found, algebra, layout.chunk(x), seen, resets, plan.window), layout

@@ -5,6 +5,7 @@ This is the one place where a backend and a chunk length are chosen, and `explai
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .cell import Cell, feature_shape
 from .errors import BackendError, bad_type, bad_value
-from .trace import trace
+from .trace import Trace, trace
 
 JACOBIANS = ("auto", "exact", "diagonal", "zero")
 BACKENDS = ("auto", "torch", "triton")
@@ -109,6 +110,7 @@ _WINDOW = {"cpu": 2**16, "cuda": 2**24}
 _EXACT_WIDTH = 16  # widest matrices for which exact products are cheaper than further sweeps
 
 
+@functools.lru_cache(maxsize=4096)
 def make_plan(
     cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver, ops: tuple[int, int]
 ) -> Plan:
@@ -163,7 +165,7 @@ def _choose_length(time: int, width: int, linear_ops: int, device: torch.device,
         linear = time * width * linear_ops * each + (length * 2 + chunks * 12) * start
         return 3 * once + linear + 200 * start
 
-    best = min([time, *(2**k for k in range(2, 12) if 2**k < time)], key=seconds)
+    best = min([time, *(2**k for k in range(4, 12) if 4 * 2**k <= time)], key=seconds)
     reasons.append(
         f"predicted {seconds(best) * 1e3:.2g} ms with chunks of {best}"
         + (
@@ -202,14 +204,13 @@ class Explanation:
                           *(f"  {r}" for r in p.reasons)])  # fmt: skip
 
 
-def plan_for(cell: Cell, x: Tensor, params: list[Tensor], solver: Solver) -> Plan:
-    """The plan for these tensors; traces the step if it is new."""
+def plan_for(cell: Cell, x: Tensor, params: list[Tensor], solver: Solver) -> tuple[Plan, Trace]:
+    """The plan and the trace for these tensors; traces the step if it is new."""
     found = trace_for(cell, x, params)
-    return make_plan(cell, tuple(x.shape), x.dtype, x.device, solver, (found.step_ops, found.jacobian_ops))
+    return make_plan(cell, tuple(x.shape), x.dtype, x.device, solver, (found.step_ops, found.jacobian_ops)), found
 
 
-def trace_for(cell: Cell, x: Tensor, params: list[Tensor]):
+def trace_for(cell: Cell, x: Tensor, params: list[Tensor]) -> Trace:
     """The trace of `cell` at the compute dtype of x (B, T, G, C), with parameters shaped as the step sees them."""
-    return trace(
-        cell, compute_dtype(x.dtype), x.device, feature_shape(cell, x.shape[-1]), tuple(tuple(p.shape) for p in params)
-    )
+    shapes = tuple(tuple(p.shape) for p in params)
+    return trace(cell, compute_dtype(x.dtype), x.device, feature_shape(cell, x.shape[-1]), shapes)

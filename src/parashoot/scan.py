@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .cell import Cell, parameter_shapes
 from .errors import bad_type, bad_value
-from .op import as_seen, encode, scan_op
-from .plan import Explanation, Solver, check_solver, compute_dtype, plan_for, trace_for
+from .op import as_seen, run
+from .plan import Explanation, Solver, check_solver, compute_dtype, plan_for
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,7 +22,7 @@ class ScanInfo:
     `iterations` sweeps of the slowest sequence and `iterations_mean` over the batch, final `defect`, `chunk_length`, `backend`.
     """
 
-    def __init__(self, stats: Tensor, backend: str):
+    def __init__(self, stats: Tensor | list[float], backend: str):
         self.stats, self.backend = stats, backend
 
     iterations = property(lambda self: int(self.stats[0]))
@@ -74,12 +74,9 @@ def scan(
     for name, value in (("reverse", reverse), ("return_states", return_states), ("return_info", return_info)):
         if not isinstance(value, bool):
             bad_type(name, value, "True or False")
-    if not torch.compiler.is_compiling():
-        plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)  # a step's errors, before any work
     if h0 is None:
         h0 = x.new_zeros(x.shape[0], len(cell.states), x.shape[3])
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, *params))
-    y, h_n, _, stats = scan_op(x, params, h0, reset, cell.key, reverse, return_states, save, *encode(solver))
+    y, h_n, stats = run(x, params, h0, reset, cell, reverse, return_states, solver)
     return (y, h_n, ScanInfo(stats, "torch")) if return_info else (y, h_n)
 
 
@@ -96,8 +93,8 @@ def explain(
         params = [x.new_zeros(shape) for shape in parameter_shapes(cell, x.shape[3])]
     params = check_arguments(cell, x, params, None, None)
     seen = as_seen(cell, params, compute_dtype(x.dtype))
-    plan = plan_for(cell, x, seen, solver)
-    return Explanation(cell.name, cell.structure, trace_for(cell, x, seen).digest, plan)
+    plan, found = plan_for(cell, x, seen, solver)
+    return Explanation(cell.name, cell.structure, found.digest, plan)
 
 
 def check_arguments(cell: Cell, x: Any, params: Any, h0: Any, reset: Any) -> list[Tensor]:

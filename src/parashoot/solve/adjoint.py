@@ -33,20 +33,12 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Cotangents:
-    """What comes in: `dys` (m, 1 or S, B, n, F) for state `slot` (or all, when `slot` is None), `dh_n` (S, B, F), and the
-    number `tail` of real steps in the last chunk; the rest repeats the last real step and must not contribute."""
+    """What comes in: `dys` (m, S, B, n, F), `dh_n` (S, B, F), and the number `tail` of real steps in the last chunk; the rest
+    repeats the last real step and must not contribute."""
 
     dys: Tensor
-    slot: int | None
     dh_n: Tensor
     tail: int
-
-    def add(self, lam: Tensor, t: int) -> Tensor:
-        if self.slot is None:
-            return lam + self.dys[t]
-        lam = lam.clone()
-        lam[self.slot] += self.dys[t, 0]
-        return lam
 
 
 def adjoint(steps: Steps, before: Tensor, cots: Cotangents) -> Gradients | None:
@@ -68,13 +60,12 @@ def adjoint(steps: Steps, before: Tensor, cots: Cotangents) -> Gradients | None:
 
     beta = torch.zeros_like(before[0])  # gradient by each chunk's end, from later chunks
     beta[:, :, -1] = cots.dh_n
+    dys = cots.dys.unbind(0)
     if n > 1:
         lam, product = beta, None
         for window in reversed(windows):
-            found = jacobians(window)
-            for t in reversed(range(*window)):
-                step = steps.step_of(found, t - window[0])
-                lam = algebra.apply_t(step, cots.add(lam, t))
+            for step, dy in zip(reversed(steps.split(jacobians(window))), reversed(dys[slice(*window)]), strict=True):
+                lam = algebra.apply_t(step, lam + dy)
                 product = step if product is None else algebra.compose(product, step)
         assert product is not None
         if not bool(torch.isfinite(product).all()):
@@ -82,16 +73,14 @@ def adjoint(steps: Steps, before: Tensor, cots: Cotangents) -> Gradients | None:
         beta[:, :, n - 2] = lam[:, :, n - 1]
         for c in range(n - 2, 0, -1):
             beta[:, :, c - 1] = lam[:, :, c] + algebra.apply_t(algebra.at(product, c), beta[:, :, c])
-    lam, gather = beta, _Gather(steps, before, cots)
+    carry, gather = beta, _Gather(steps, before, cots)
     for window in reversed(windows):
-        found = jacobians(window)
-        lams = torch.empty_like(before[slice(*window)])
-        for t in reversed(range(*window)):
-            lam = cots.add(lam, t)
-            lams[t - window[0]] = lam
-            lam = algebra.apply_t(steps.step_of(found, t - window[0]), lam)
-        gather(window, lams)
-    return gather.gradients(lam[:, :, 0])
+        lams = []
+        for step, dy in zip(reversed(steps.split(jacobians(window))), reversed(dys[slice(*window)]), strict=True):
+            lams.append(carry + dy)
+            carry = algebra.apply_t(step, lams[-1])
+        gather(window, torch.stack(lams[::-1]))
+    return gather.gradients(carry[:, :, 0])
 
 
 def adjoint_by_sweeps(steps: Steps, before: Tensor, cots: Cotangents, tol: float) -> Gradients:
@@ -125,9 +114,8 @@ def _pull_chunks(steps: Steps, before: Tensor, cots: Cotangents, beta: Tensor, l
     """Pull `beta` back through the first `live` chunks, writing lambda for each step; the gradients by their starts."""
     lam, last = beta[:, :, :live], before.shape[3] == live
     resets = None if steps.resets is None else steps.at(steps.resets)
-    dys = Cotangents(cots.dys[:, :, :, :live], cots.slot, cots.dh_n, cots.tail)
     for t in reversed(range(steps.length)):
-        lam = dys.add(lam, t)
+        lam = lam + cots.dys[t, :, :, :live]
         lams[t, :, :, :live] = lam
         pulled = steps.trace.pull(
             before[t, :, :, :live].unbind(0), steps.xs[t, :, :, :live].unbind(0), steps.params, lam.unbind(0)
@@ -158,8 +146,8 @@ class _Gather:
 
     def __init__(self, steps: Steps, before: Tensor, cots: Cotangents):
         self.steps, self.before, self.tail = steps, before, cots.tail
-        self.xs = torch.empty_like(steps.xs)
-        self.params = [torch.zeros_like(p) for p in steps.params]
+        self.xs: list[tuple[int, Tensor]] = []
+        self.params: list[Tensor] | None = None
 
     def __call__(self, window: tuple[int, int], lams: Tensor) -> None:
         a, b = window
@@ -170,10 +158,10 @@ class _Gather:
         d_xs, d_params = steps.trace.vjp(
             self.before[a:b].unbind(1), steps.xs[a:b].unbind(1), steps.params, lams.unbind(1)
         )
-        for g, d in enumerate(d_xs):
-            self.xs[a:b, g] = d
-        for total, d in zip(self.params, d_params, strict=True):
-            total += d
+        self.xs.append((a, torch.stack(d_xs, 1)))
+        self.params = d_params if self.params is None else [u + v for u, v in zip(self.params, d_params, strict=True)]
 
     def gradients(self, h0: Tensor) -> Gradients:
-        return Gradients(self.xs, self.params, h0)
+        parts = [d for _, d in sorted(self.xs, key=lambda part: part[0])]
+        assert self.params is not None
+        return Gradients(parts[0] if len(parts) == 1 else torch.cat(parts), self.params, h0)

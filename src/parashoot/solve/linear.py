@@ -45,6 +45,8 @@ class Algebra:
         """A P."""
         if self.full:
             return a @ p
+        if self.slots == 1:
+            return a * p
         out = a[:, :1] * p[:1]
         for k in range(1, self.slots):
             out = torch.addcmul(out, a[:, k : k + 1], p[k : k + 1])
@@ -54,6 +56,8 @@ class Algebra:
         """A v."""
         if self.full:
             return self._from_columns(a @ self._columns(v), v)
+        if self.slots == 1:
+            return a[0] * v
         out = a[:, 0] * v[0]
         for k in range(1, self.slots):
             out = torch.addcmul(out, a[:, k], v[k])
@@ -63,6 +67,8 @@ class Algebra:
         """A^T v."""
         if self.full:
             return self._from_columns(a.mT @ self._columns(v), v)
+        if self.slots == 1:
+            return a[0] * v
         out = a[0] * v[0]
         for k in range(1, self.slots):
             out = torch.addcmul(out, a[k], v[k])

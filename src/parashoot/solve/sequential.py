@@ -34,14 +34,24 @@ def loop(
 ) -> tuple[Tensor, Tensor]:
     """`ps.scan` as a Python loop under autograd: same arguments and results, T dependent steps, no checks."""
     given = [] if params is None else list(params)
-    time = x.shape[1]
-    state = x.new_zeros(x.shape[0], len(cell.states), x.shape[3]) if h0 is None else h0
-    states: list[Tensor] = []
-    for t in reversed(range(time)) if reverse else range(time):
+    if cell.width:
+        heads = (-1, cell.width)
+        given = [p.unflatten(0, heads) if p.dim() == 1 else p for p in given]
+        x = x.unflatten(-1, heads)
+        h0 = None if h0 is None else h0.unflatten(-1, heads)
+    zero = torch.zeros_like(x[:, 0, 0])
+    state = (zero,) * len(cell.states) if h0 is None else h0.unbind(1)
+    wanted = range(len(cell.states)) if return_states else (cell.output,)
+    inputs, records = x.unbind(1), [[] for _ in wanted]
+    for t in reversed(range(len(inputs))) if reverse else range(len(inputs)):
         boundary = t + 1 if reverse else t
-        if reset is not None and boundary < time:
-            state = state.masked_fill(reset[:, boundary, None, None], 0.0)
-        state = advance(cell, state, x[:, t], given)
-        states.append(state)
-    ys = torch.stack(states[::-1] if reverse else states, 1)
-    return ys if return_states else ys[:, :, cell.output], state
+        if reset is not None and boundary < len(inputs):
+            blocked = reset[:, boundary].view(-1, *[1] * (zero.dim() - 1))
+            state = [v.masked_fill(blocked, 0.0) for v in state]
+        state = cell.new_states(state, inputs[t].unbind(1), given)
+        for record, i in zip(records, wanted, strict=True):
+            record.append(state[i])
+    ys = [torch.stack(r[::-1] if reverse else r, 1).expand_as(x[:, :, 0]) for r in records]
+    flat = (lambda v: v.flatten(-2)) if cell.width else (lambda v: v)
+    y = flat(torch.stack(ys, 2) if return_states else ys[0])
+    return y, flat(torch.stack([v.expand_as(zero) for v in state], 1))

@@ -68,9 +68,9 @@ class Steps:
         resets = self.resets[a:b]
         return out.masked_fill(resets[..., None, None, None] if self.algebra.full else self.at(resets), 0.0)
 
-    def step_of(self, jacobians: Tensor, j: int) -> Tensor:
-        """The j-th step's matrices of a window."""
-        return jacobians[j] if self.algebra.full else jacobians[:, :, j]
+    def split(self, jacobians: Tensor) -> Sequence[Tensor]:
+        """The matrices of each step of a window."""
+        return jacobians.unbind(0 if self.algebra.full else 2)
 
 
 def sweep(steps: Steps, start: Tensor, ys: Tensor) -> None:
@@ -103,8 +103,7 @@ def chunk_jacobians(steps: Steps, start: Tensor, ys: Tensor, diagonal: bool) -> 
         jacobians = steps.jacobians(states_before(ys, start, window, resets), window)
         if diagonal:
             jacobians = algebra.diagonal(jacobians)
-        for j in range(window[1] - window[0]):
-            step = steps.step_of(jacobians, j)
+        for step in steps.split(jacobians):
             product = step if product is None else algebra.compose(step, product)
     assert product is not None
     return guard(product)
@@ -129,6 +128,9 @@ def shoot(steps: Steps, h0: Tensor, jacobian: str, tol: float, max_iters: int | 
     ys = steps.xs.new_empty(m, h0.shape[0], *steps.xs.shape[2:])
     start = torch.zeros_like(ys[0])
     start[:, :, 0] = h0
+    if n == 1:
+        sweep(steps, start, ys)
+        return Outcome(ys, torch.ones(1, dtype=torch.float64), 0.0)
     iterations = torch.ones(batch, dtype=torch.float64, device=h0.device)
     first, base, chunk_maps = 0, 0, None  # chunks before `first` are exact; chunk_maps are those of chunks from `base`
     sweeps = 0
