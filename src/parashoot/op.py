@@ -215,6 +215,9 @@ class _Direct(torch.autograd.Function):
         return *[None] * 6, d_x, d_h0, None, *d_params
 
 
+_FEW = 150  # operations in a loop below which autograd's own backward is the fastest; also where no matrices are formed
+
+
 def run(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool, solver: Solver
 ) -> tuple[Tensor, Tensor, Tensor | list[float]]:  # fmt: skip
@@ -223,18 +226,15 @@ def run(
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         y, h_n, _, stats = scan_op(x, params, h0, reset, cell.key, reverse, all_states, save, *encode(solver))
         return y, h_n, stats
-    if cell.structure != "channelwise":
-        plan, found = plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)
-        if (
-            plan.chunks == 1
-        ):  # autograd's own sweep is the fastest when nothing runs in parallel and no matrix is formed
-            return *_looped(x, params, h0, reset, cell, reverse, all_states), [
-                1.0,
-                1.0,
-                0.0,
-                found.number,
-                float(x.shape[1]),
-            ]
+    plan, found = plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)
+    if plan.chunks == 1 and (cell.structure != "channelwise" or x.shape[1] * found.step_ops <= _FEW):
+        return *_looped(x, params, h0, reset, cell, reverse, all_states), [
+            1.0,
+            1.0,
+            0.0,
+            found.number,
+            float(x.shape[1]),
+        ]
     facts: list[float] = []
     y, h_n = _Direct.apply(facts, cell, reverse, all_states, save, solver, x, h0, reset, *params)  # type: ignore[misc]
     return y, h_n, facts

@@ -39,19 +39,26 @@ def loop(
         given = [p.unflatten(0, heads) if p.dim() == 1 else p for p in given]
         x = x.unflatten(-1, heads)
         h0 = None if h0 is None else h0.unflatten(-1, heads)
-    zero = torch.zeros_like(x[:, 0, 0])
-    state = (zero,) * len(cell.states) if h0 is None else h0.unbind(1)
+    batch, time, gates = x.shape[:3]
+    shape = (batch, *x.shape[3:])
+    state = (x.new_zeros(shape),) * len(cell.states) if h0 is None else h0.unbind(1)
     wanted = range(len(cell.states)) if return_states else (cell.output,)
-    inputs, records = x.unbind(1), [[] for _ in wanted]
-    for t in reversed(range(len(inputs))) if reverse else range(len(inputs)):
+    inputs = x.flatten(1, 2).unbind(1)  # one node of the autograd graph, not one a step
+    records = [[] for _ in wanted]
+    for t in reversed(range(time)) if reverse else range(time):
         boundary = t + 1 if reverse else t
-        if reset is not None and boundary < len(inputs):
-            blocked = reset[:, boundary].view(-1, *[1] * (zero.dim() - 1))
+        if reset is not None and boundary < time:
+            blocked = reset[:, boundary].view(-1, *[1] * (len(shape) - 1))
             state = [v.masked_fill(blocked, 0.0) for v in state]
-        state = cell.new_states(state, inputs[t].unbind(1), given)
+        state = cell.new_states(state, inputs[t * gates : (t + 1) * gates], given)
         for record, i in zip(records, wanted, strict=True):
             record.append(state[i])
-    ys = [torch.stack(r[::-1] if reverse else r, 1).expand_as(x[:, :, 0]) for r in records]
-    flat = (lambda v: v.flatten(-2)) if cell.width else (lambda v: v)
-    y = flat(torch.stack(ys, 2) if return_states else ys[0])
-    return y, flat(torch.stack([v.expand_as(zero) for v in state], 1))
+    ys = [_sized(torch.stack(r[::-1] if reverse else r, 1), (batch, time, *shape[1:])) for r in records]
+    last = torch.stack([_sized(v, shape) for v in state], 1)
+    y = torch.stack(ys, 2) if return_states else ys[0]
+    return (y.flatten(-2), last.flatten(-2)) if cell.width else (y, last)
+
+
+def _sized(v: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A state that does not depend on its sequence, spread over all."""
+    return v if v.shape == shape else v.expand(shape)
