@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 from .errors import ArgumentError, CellError, bad_cell
 
@@ -255,7 +256,9 @@ def _value(v: Any, var: str, code: types.CodeType, name: str, seen: set) -> Any:
         return (type(v).__qualname__, *(_value(getattr(v, f.name), f.name, code, name, seen) for f in fields(v)))
     if isinstance(v, types.SimpleNamespace):
         return _value(vars(v), var, code, name, seen)
-    if module in _STABLE_MODULES or isinstance(v, (types.BuiltinFunctionType, type)):
+    if isinstance(v, (torch.finfo, torch.iinfo)):
+        return repr(v)
+    if isinstance(v, (types.FunctionType, types.BuiltinFunctionType, type, OpOverload, OpOverloadPacket)):
         return f"{module}.{getattr(v, '__qualname__', type(v).__qualname__)}"
     bad_cell(
         name,

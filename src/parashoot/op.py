@@ -227,7 +227,8 @@ def run(
         y, h_n, _, stats = scan_op(x, params, h0, reset, cell.key, reverse, all_states, save, *encode(solver))
         return y, h_n, stats
     plan, found = plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)
-    if plan.chunks == 1 and (cell.structure != "channelwise" or x.shape[1] * found.step_ops <= _FEW):
+    autocast = torch.is_autocast_enabled(x.device.type)  # it would reach a backward pass run inside it
+    if plan.chunks == 1 and not autocast and (cell.structure != "channelwise" or x.shape[1] * found.step_ops <= _FEW):
         return *_looped(x, params, h0, reset, cell, reverse, all_states), [
             1.0,
             1.0,

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import linecache
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,11 +20,11 @@ import torch
 from torch import Tensor
 from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .cell import Cell
-from .errors import CellError, StructureError, bad_cell, describe
+from .errors import CellError, StructureError, bad_cell
 from .graph import Builder, Graph, UnknownOperation, from_fx
+from .rules import check_rules, line_of
 
 Tensors = Sequence[Tensor]
 _traces: dict[tuple, Trace] = {}
@@ -92,87 +90,9 @@ def _on_fresh_thread(work: Callable[[], Any]) -> Any:
     return value
 
 
-# The rules of a step, checked by running it once on random tensors.
-
-
-class _Rules(TorchDispatchMode):
-    """Refuses in-place writes, randomness and branches on values, naming the user's line."""
-
-    def __init__(self, cell: Cell):
-        super().__init__()
-        self.cell, self.lines = cell, {}
-
-    def _line(self) -> str:
-        frame, code = sys._getframe(2), self.cell.step.__code__
-        while frame is not None and frame.f_code is not code:
-            frame = frame.f_back
-        if frame is None:
-            return ""
-        text = linecache.getline(code.co_filename, frame.f_lineno).strip()
-        return f"{code.co_filename}:{frame.f_lineno}: {text}"
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, line = self.cell.name, self._line()
-        self.lines.setdefault(func._schema.name, line)
-        if func._schema.is_mutable:
-            bad_cell(name, f"the step writes in place ({func})", "Return new tensors: h = h + u, not h += u.", line)
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            remedy = "Draw random numbers outside and pass them as a ps.Input."
-            bad_cell(name, f"the step is random ({func})", remedy, line)
-        if func._schema.name in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero"):
-            remedy = "Use torch.where: every step must do the same operations."
-            bad_cell(name, "the step branches on, or reads out, the value of a tensor", remedy, line)
-        return func(*args, **(kwargs or {}))
-
-
 def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(*shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1).to(device, dtype)
-
-
-def _check_rules(cell: Cell, states: Tensors, inputs: Tensors, params: Tensors) -> dict[str, str]:
-    rules, name, slots = _Rules(cell), cell.name, len(cell.states)
-    try:
-        with rules, torch.no_grad():
-            out = cell.step(*states, *inputs, *params)
-    except (CellError, StructureError):
-        raise
-    except Exception as e:
-        shapes = {
-            a: tuple(v.shape)
-            for a, v in zip(cell.states + cell.inputs + cell.params, [*states, *inputs, *params], strict=True)
-        }
-        bad_cell(
-            name,
-            f"the step failed on arguments of shapes {shapes}: {type(e).__name__}: {e}",
-            "Make it run on such tensors.",
-        )
-    new = (out,) if isinstance(out, Tensor) else out
-    if not isinstance(new, (tuple, list)) or len(new) != slots or not all(isinstance(v, Tensor) for v in new):
-        came = [describe(v) for v in new] if isinstance(new, (tuple, list)) else describe(new)
-        bad_cell(
-            name,
-            f"the step returned {came}",
-            f"Return the {slots} new state(s) {cell.states}, each a tensor, in that order.",
-        )
-    for slot, old, v in zip(cell.states, states, new, strict=True):
-        if v.dtype != old.dtype:
-            bad_cell(
-                name,
-                f"state '{slot}' came back as {v.dtype}, was {old.dtype}",
-                "Keep the dtype of the state that came in.",
-            )
-        try:
-            fits = torch.broadcast_shapes(v.shape, old.shape) == old.shape
-        except RuntimeError:
-            fits = False
-        if not fits:
-            bad_cell(
-                name,
-                f"state '{slot}' came back with shape {tuple(v.shape)}, was {tuple(old.shape)}",
-                "Keep the shape of each state.",
-            )
-    return rules.lines
 
 
 def _both_ways(cell: Cell) -> Callable[..., list[Tensor | None]]:
@@ -202,7 +122,7 @@ def _trace_channelwise(cell: Cell, dtype: torch.dtype, device: torch.device, fea
     sizes = [(3, 5)] * (slots + inputs) + [(5,)] * params
     values = [_random(s, dtype, "cpu", 7 + k) for k, s in enumerate(sizes)]
     try:
-        lines = _check_rules(cell, values[:slots], values[slots : slots + inputs], values[slots + inputs :])
+        lines = check_rules(cell, values[:slots], values[slots : slots + inputs], values[slots + inputs :])
     except CellError as e:
         if "the step failed on arguments" in str(e):
             raise CellError(
@@ -215,17 +135,17 @@ def _trace_channelwise(cell: Cell, dtype: torch.dtype, device: torch.device, fea
     graphs = []
     for shape in ((2,), (3, 5)):  # the same graph at two shapes: nothing in it depends on the shape
         arguments = [_random(shape, dtype, "cpu", k) for k in range(len(names))]
-        fx = make_fx(_both_ways(cell), decomposition_table=decompositions)(*arguments)
         try:
+            fx = make_fx(_both_ways(cell), decomposition_table=decompositions)(*arguments)
             graphs.append(from_fx(fx, names))
-        except UnknownOperation as e:
-            op, why = e.args
+        except Exception as e:
+            op, why = e.args if isinstance(e, UnknownOperation) else ("it fails", f"on states of shape {shape}: {e}")
             line = (
                 next((v for k, v in lines.items() if k.split("::")[1] == op.split(".")[1:2][0]), "")
                 if "." in op
                 else ""
             )
-            line = line or f"{cell.step.__code__.co_filename}:{cell.step.__code__.co_firstlineno}"
+            line = line or line_of(cell, e) or f"{cell.step.__code__.co_filename}:{cell.step.__code__.co_firstlineno}"
             raise StructureError(
                 f"cell '{cell.name}' is not channelwise: {op}: {why} ({line}). Use elementwise operations only, or declare "
                 "@ps.cell(structure='headwise', width=n) or @ps.cell(structure='dense')."
@@ -299,7 +219,7 @@ def _trace_matrix(
     rows = next(p for p in (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53) if p not in taken)
     sizes = [(rows, *feature)] * (slots + inputs) + list(shapes)
     values = [_random(s, dtype, device, 7 + k) for k, s in enumerate(sizes)]
-    _check_rules(cell, values[:slots], values[slots : slots + inputs], values[slots + inputs :])
+    check_rules(cell, values[:slots], values[slots : slots + inputs], values[slots + inputs :])
     _check_independence(cell, values, feature)
     cotangents = [_random((rows, *feature), dtype, device, 91 + k) for k in range(slots)]
     fx = make_fx(_both_ways(cell), tracing_mode="symbolic")(*values, *cotangents)

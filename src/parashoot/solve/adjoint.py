@@ -12,6 +12,7 @@ forward pass. Shapes as in `shooting.py`; `before` (m, S, B, n, F) are the state
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,27 +61,54 @@ def adjoint(steps: Steps, before: Tensor, cots: Cotangents) -> Gradients | None:
 
     beta = torch.zeros_like(before[0])  # gradient by each chunk's end, from later chunks
     beta[:, :, -1] = cots.dh_n
-    dys = cots.dys.unbind(0)
+    back = _Backwards(steps, cots)
     if n > 1:
         lam, product = beta, None
         for window in reversed(windows):
-            for step, dy in zip(reversed(steps.split(jacobians(window))), reversed(dys[slice(*window)]), strict=True):
-                lam = algebra.apply_t(step, lam + dy)
+            for step, dy, cut in back(window, jacobians(window)):
+                lam = _cut(algebra.apply_t(step, lam + dy), cut)
                 product = step if product is None else algebra.compose(product, step)
         assert product is not None
         if not bool(torch.isfinite(product).all()):
             return None
         beta[:, :, n - 2] = lam[:, :, n - 1]
         for c in range(n - 2, 0, -1):
-            beta[:, :, c - 1] = lam[:, :, c] + algebra.apply_t(algebra.at(product, c), beta[:, :, c])
+            through = _cut(algebra.apply_t(algebra.at(product, c), beta[:, :, c]), back.cuts(c))
+            beta[:, :, c - 1] = lam[:, :, c] + through
     carry, gather = beta, _Gather(steps, before, cots)
     for window in reversed(windows):
         lams = []
-        for step, dy in zip(reversed(steps.split(jacobians(window))), reversed(dys[slice(*window)]), strict=True):
+        for step, dy, cut in back(window, jacobians(window)):
             lams.append(carry + dy)
-            carry = algebra.apply_t(step, lams[-1])
+            carry = _cut(algebra.apply_t(step, lams[-1]), cut)
         gather(window, torch.stack(lams[::-1]))
     return gather.gradients(carry[:, :, 0])
+
+
+class _Backwards:
+    """The steps of a window, last first: their matrices, incoming gradients, and where a reset cuts what passes."""
+
+    def __init__(self, steps: Steps, cots: Cotangents):
+        self.steps, self.dys = steps, cots.dys.unbind(0)
+        self.resets = None
+        if steps.resets is not None:
+            real = steps.resets.clone()
+            real[cots.tail :, :, -1] = False  # padding repeats the last real step, reset included; nothing is cut there
+            self.resets = steps.at(real)
+
+    def __call__(self, window: tuple[int, int], jacobians: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        matrices = self.steps.split(jacobians)
+        for t in reversed(range(*window)):
+            yield matrices[t - window[0]], self.dys[t], None if self.resets is None else self.resets[t]
+
+    def cuts(self, chunk: int) -> Tensor | None:
+        """Where any reset cuts the chunk."""
+        return None if self.resets is None else self.resets[:, :, chunk].any(0)
+
+
+def _cut(v: Tensor, where: Tensor | None) -> Tensor:
+    """A select, not a product with a zero Jacobian: it stops NaN too."""
+    return v if where is None else v.masked_fill(where, 0.0)
 
 
 def adjoint_by_sweeps(steps: Steps, before: Tensor, cots: Cotangents, tol: float) -> Gradients:

@@ -1,0 +1,180 @@
+"""Laws of a scan, for any cell: splitting, resets, reversal, permutation, strides, chunk length, determinism."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import parashoot as ps
+from oracle import CELLS, ONE_OF_EACH, loop, loop_reversed, random_problem, random_resets
+
+CLOSE = {"rtol": 0, "atol": 1e-9}
+cells = st.sampled_from(list(CELLS))
+times = st.sampled_from([1, 2, 63, 64, 65]) | st.integers(1, 90)
+seeds = st.integers(0, 10**6)
+chunks = st.sampled_from([None, ps.Sequential(), ps.Newton()]) | st.integers(1, 100).map(ps.MultipleShooting)
+
+
+def scan(cell, x, params, h0, **options):
+    return ps.scan(cell, x, tuple(params) or None, h0, **options)
+
+
+def assert_close(got, want):
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+@given(cells, times, st.integers(1, 90), chunks, seeds)
+def test_a_scan_goes_on_from_its_last_state(name, first, second, solver, seed):
+    cell = CELLS[name]
+    x, params, h0 = random_problem(cell, 2, first + second, 8, seed=seed)
+    whole, end = scan(cell, x, params, h0, solver=solver, return_states=True)
+    one, middle = scan(cell, x[:, :first], params, h0, solver=solver, return_states=True)
+    two, last = scan(cell, x[:, first:], params, middle, solver=solver, return_states=True)
+    assert_close(torch.cat([one, two], 1), whole)
+    assert_close(last, end)
+    assert_close(whole, loop(cell, x, params, h0))
+
+
+@given(cells, st.lists(st.integers(1, 40), min_size=1, max_size=4), chunks, seeds)
+def test_resets_are_separate_runs(name, parts, solver, seed):
+    cell = CELLS[name]
+    x, params, h0 = random_problem(cell, 2, sum(parts), 8, seed=seed)
+    reset = torch.zeros(2, sum(parts), dtype=torch.bool)
+    runs, begin = [], 0
+    for length in parts:
+        start = h0 if begin == 0 else torch.zeros_like(h0)
+        reset[:, begin] = begin > 0
+        runs.append(scan(cell, x[:, begin : begin + length], params, start, solver=solver, return_states=True)[0])
+        begin += length
+    states, h_n = scan(cell, x, params, h0, reset=reset, solver=solver, return_states=True)
+    assert_close(states, torch.cat(runs, 1))
+    assert_close(h_n, runs[-1][:, -1])
+
+
+@given(cells, times, chunks, st.sampled_from([0.0, 0.05, 0.5, 1.0]), st.booleans(), seeds)
+def test_resets_and_direction_are_the_loops(name, time, solver, share, reverse, seed):
+    """Different resets for each sequence, at t = 0 and T - 1 too; in reverse they cut the same boundaries."""
+    cell = CELLS[name]
+    x, params, h0 = random_problem(cell, 3, time, 8, seed=seed)
+    reset = random_resets(3, time, seed, share)
+    states, h_n = scan(cell, x, params, h0, reset=reset, reverse=reverse, solver=solver, return_states=True)
+    want = (loop_reversed if reverse else loop)(cell, x, params, h0, reset)
+    assert_close(states, want)
+    assert_close(h_n, want[:, 0 if reverse else -1])
+
+
+@given(cells, times, chunks, seeds)
+def test_reverse_is_a_flip_there_and_back(name, time, solver, seed):
+    cell = CELLS[name]
+    x, params, h0 = random_problem(cell, 2, time, 8, seed=seed)
+    y, h_n = scan(cell, x, params, h0, reverse=True, solver=solver)
+    flipped, end = scan(cell, x.flip(1), params, h0, solver=solver)
+    assert_close(y, flipped.flip(1))
+    assert_close(h_n, end)
+
+
+@given(cells, times, chunks, st.permutations(range(4)), seeds)
+def test_sequences_do_not_see_each_other(name, time, solver, order, seed):
+    cell = CELLS[name]
+    x, params, h0 = random_problem(cell, 4, time, 8, seed=seed)
+    reset = random_resets(4, time, seed)
+    y, h_n = scan(cell, x, params, h0, reset=reset, solver=solver)
+    moved, end = scan(cell, x[order], params, h0[order], reset=reset[order], solver=solver)
+    assert_close(moved, y[order])
+    assert_close(end, h_n[order])
+
+
+@given(cells, times, chunks, chunks, seeds)
+def test_the_solver_does_not_matter(name, time, one, other, seed):
+    cell = CELLS[name]
+    x, params, h0 = random_problem(cell, 2, time, 8, seed=seed)
+    first, second = (scan(cell, x, params, h0, solver=s, return_states=True) for s in (one, other))
+    assert_close(first[0], second[0])
+    assert_close(first[1], second[1])
+
+
+@given(cells, times, chunks, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), seeds)
+def test_two_runs_give_the_same_bits(name, time, solver, dtype, seed):
+    cell = CELLS[name]
+    x, params, h0 = random_problem(cell, 2, time, 8, dtype=dtype, seed=seed)
+    x.requires_grad_()
+    params = [p.requires_grad_() for p in params]
+    results = []
+    for _ in range(2):
+        y, h_n = scan(cell, x, params, h0, solver=solver)
+        results.append([y, h_n, *torch.autograd.grad(y.float().square().sum() + h_n.float().sum(), [x, *params])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+STRIDES = {
+    "gates first in memory": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels first in memory": lambda x: x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
+    "every other step": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "every other channel": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "part of a wider tensor": lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
+    "one sequence expanded": lambda x: x[:1].expand(x.shape),
+    "one step expanded": lambda x: x[:, :1].expand(x.shape),
+    "one channel expanded": lambda x: x[..., :1].expand(x.shape),
+    "head-major": lambda x: x.unflatten(3, (2, 4)).transpose(2, 3).contiguous().transpose(2, 3).flatten(3),
+}
+
+
+@pytest.mark.parametrize("layout", STRIDES)
+@pytest.mark.parametrize("structure", ONE_OF_EACH)
+@pytest.mark.parametrize("solver", [None, ps.Newton(), ps.MultipleShooting(9)], ids=["auto", "newton", "9"])
+def test_strides_are_honoured(layout, structure, solver):
+    cell = ONE_OF_EACH[structure]
+    x, params, h0 = random_problem(cell, 3, 40, 8)
+    x = STRIDES[layout](x)
+    held = x.clone()
+    states, _ = scan(
+        cell, x, params, h0.transpose(0, 2).contiguous().transpose(0, 2), solver=solver, return_states=True
+    )
+    assert_close(states, loop(cell, held, params, h0))
+    assert torch.equal(x, held), "x is only read"
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 1000])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_lengths(name, time, reverse):
+    cell = CELLS[name]
+    x, params, h0 = random_problem(cell, 1, time, 4)
+    want = (loop_reversed if reverse else loop)(cell, x, params, h0)
+    for solver in (None, ps.MultipleShooting(64), ps.Newton()):
+        states, h_n = scan(cell, x, params, h0, reverse=reverse, solver=solver, return_states=True)
+        assert_close(states, want)
+        assert_close(h_n, want[:, 0 if reverse else -1])
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_what_comes_back(name):
+    """y is the output slot of the states, h_n all slots of the last; a missing h0 is zero."""
+    cell = CELLS[name]
+    x, params, h0 = random_problem(cell, 2, 30, 8)
+    y, h_n, info = scan(cell, x, params, h0, return_info=True)
+    states, _ = scan(cell, x, params, h0, return_states=True)
+    assert y.shape == (2, 30, 8) and states.shape == (2, 30, len(cell.states), 8) and h_n.shape == h0.shape
+    assert torch.equal(y, states[:, :, cell.output]) and torch.equal(h_n, states[:, -1])
+    assert y.is_contiguous() and h_n.is_contiguous()
+    assert info.iterations >= 1 and info.iterations_mean <= info.iterations and info.backend == "torch"
+    assert set(info.to_dict()) == {"iterations", "iterations_mean", "defect", "chunk_length", "backend"}
+    for a, b in zip(scan(cell, x, params, None), scan(cell, x, params, torch.zeros_like(h0)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("structure", ONE_OF_EACH)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dtypes_follow_x_and_h0(structure, stored):
+    """y has x's dtype, h_n has h0's; parameters and h0 of fp32 go with any x, and are used at their full precision."""
+    cell = ONE_OF_EACH[structure]
+    x, params, h0 = random_problem(cell, 2, 70, 8, dtype=torch.float32)
+    x = x.to(stored)
+    y, h_n = scan(cell, x, params, h0, solver=ps.MultipleShooting(16))
+    want = loop(cell, x.double(), [p.double() for p in params], h0.double())
+    assert y.dtype == stored and h_n.dtype == torch.float32
+    torch.testing.assert_close(h_n.double(), want[:, -1], rtol=1e-5, atol=1e-5)
+    slack = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(stored, 1e-6)
+    torch.testing.assert_close(y.double(), want[:, :, cell.output], rtol=slack, atol=1e-5)
+    assert scan(cell, x, [p.to(stored) for p in params], None)[1].dtype == stored
+    assert scan(cell, x, params, h0.to(stored))[1].dtype == stored
