@@ -42,7 +42,7 @@ PY := $(VENV)/bin/python
 LINTERS := yes
 endif
 
-.PHONY: venv test test-gpu lint bench-cpu clean
+.PHONY: venv test test-gpu demo lint bench-cpu iteration-table verify clean
 .DELETE_ON_ERROR:
 
 venv: $(NEEDS)
@@ -80,8 +80,18 @@ test: lint
 test-gpu: $(NEEDS)
 	$(PY) -m pytest -m gpu $(ARGS)
 
+# Stops where an earlier run lies: make demo ARGS=--overwrite, or ARGS="--resume runs/demo"
+demo: $(NEEDS)
+	$(PY) -m parashoot train demo $(ARGS)
+
 bench-cpu: $(NEEDS)
 	$(PY) benchmarks/cpu.py $(ARGS)
+
+iteration-table: $(NEEDS)
+	$(PY) benchmarks/iterations.py $(ARGS)
+
+verify: $(NEEDS)
+	$(PY) -m parashoot verify $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,47 @@
+"""Models and trainings by name: the demo, and the sizes of the paper (Danieli et al. 2025, arXiv 2510.21450, ParaGRU)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import bad_value
+from .config import ParaRNNConfig
+from .train_config import TrainConfig
+
+PRESETS = {
+    "demo": ParaRNNConfig(vocab_size=256, hidden_size=192, num_hidden_layers=3, intermediate_size=512),
+    "400M": ParaRNNConfig(vocab_size=50432, hidden_size=1024, num_hidden_layers=24),
+    "1B": ParaRNNConfig(vocab_size=50432, hidden_size=2048, num_hidden_layers=24),
+    "2.9B": ParaRNNConfig(vocab_size=50432, hidden_size=2560, num_hidden_layers=32, num_heads=2),
+    "7B": ParaRNNConfig(vocab_size=50432, hidden_size=4096, num_hidden_layers=32),
+}
+
+DEMO = TrainConfig(model=PRESETS["demo"], steps=800, batch_size=4, sequence_length=512, learning_rate=3e-3)
+
+TRAININGS = {"demo": DEMO}
+
+
+def find_training(name: str) -> tuple[str, TrainConfig]:
+    """A short name and the configuration: one of `TRAININGS`, or a JSON file of `TrainConfig` fields.
+
+    In the file, "model" is an object of `ParaRNNConfig` fields or the name of one of `PRESETS`.
+    """
+    if name in TRAININGS:
+        return name, TRAININGS[name]
+    path = Path(name)
+    if path.suffix != ".json" or not path.is_file():
+        bad_value(
+            "training", f"'{name}'", f"one of {', '.join(TRAININGS)}, or an existing .json file of TrainConfig fields"
+        )
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as e:
+        bad_value("training", f"'{name}', which is not JSON ({e})", "a JSON object of TrainConfig fields")
+    if isinstance(values, dict) and isinstance(values.get("model"), str):
+        if values["model"] not in PRESETS:
+            bad_value(
+                "model", repr(values["model"]), f"one of {', '.join(PRESETS)}, or an object of ParaRNNConfig fields"
+            )
+        values["model"] = PRESETS[values["model"]]
+    return path.stem, TrainConfig.from_dict(values)
