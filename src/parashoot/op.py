@@ -42,7 +42,7 @@ def _forward(
     dtype if `save` and y is not that already; stats: iterations max, mean, defect, digest number, chunk length."""
     with torch.autocast(x.device.type, enabled=False):
         plan, steps, layout = _prepare(cell, x, params, reset, reverse, solver)
-        result = shoot(steps, layout.state(h0), plan.jacobian, plan.tol, plan.max_iters)
+        result = shoot(steps, layout.state(h0), plan.jacobian, plan.tol, plan.max_iters, plan.lazy)
     ys = result.ys
     last = ys[(layout.time - 1) % layout.length, :, :, -1]
     h_n = last.flatten(2).movedim(0, 1).to(h0.dtype)
@@ -134,9 +134,11 @@ def _solve_backward(
             dys[:, cell.output] = layout.chunk(dy, pad_zero=True)[:, 0]
     end = torch.zeros_like(before[0, :, :, 0]) if dh_n is None else layout.state(dh_n)
     cots = Cotangents(dys, end, layout.tail)
-    if plan.jacobian != "exact" and cell.structure != "channelwise":
-        return adjoint_by_sweeps(steps, before, cots, plan.tol), layout
-    grads = adjoint(steps, before, cots)
+    grads = None
+    if plan.lazy is not None or (plan.jacobian != "exact" and cell.structure != "channelwise"):
+        grads = adjoint_by_sweeps(steps, before, cots, plan.lazy or plan.tol, 3 if plan.lazy else None)
+    if grads is None:
+        grads = adjoint(steps, before, cots)
     if grads is None:  # a chunk's Jacobian product overflowed: sweep the whole sequence in order
         return _solve_backward(cell, Sequential(), dy, dh_n, x, params, h0, reset, states, number, reverse)
     return grads, layout
@@ -215,9 +217,6 @@ class _Direct(torch.autograd.Function):
         return *[None] * 6, d_x, d_h0, None, *d_params
 
 
-_FEW = 150  # operations in a loop below which autograd's own backward is the fastest; also where no matrices are formed
-
-
 def run(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool, solver: Solver
 ) -> tuple[Tensor, Tensor, Tensor | list[float]]:  # fmt: skip
@@ -228,15 +227,10 @@ def run(
         return y, h_n, stats
     plan, found = plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)
     autocast = torch.is_autocast_enabled(x.device.type)  # it would reach a backward pass run inside it
-    if plan.chunks == 1 and not autocast and (cell.structure != "channelwise" or x.shape[1] * found.step_ops <= _FEW):
-        return *_looped(x, params, h0, reset, cell, reverse, all_states), [
-            1.0,
-            1.0,
-            0.0,
-            found.number,
-            float(x.shape[1]),
-        ]
-    facts: list[float] = []
+    if plan.autograd and not autocast:
+        facts = [1.0, 1.0, 0.0, found.number, float(plan.chunk_length)]
+        return *_looped(x, params, h0, reset, cell, reverse, all_states), facts
+    facts = []
     y, h_n = _Direct.apply(facts, cell, reverse, all_states, save, solver, x, h0, reset, *params)  # type: ignore[misc]
     return y, h_n, facts
 

@@ -82,6 +82,8 @@ class Plan:
     tol: float
     max_iters: int | None
     window: int
+    lazy: float | None  # tolerance up to which Jacobians are not formed at all
+    autograd: bool  # one chunk: differentiate the plain loop, which is then the fastest
     reasons: tuple[str, ...]
 
 
@@ -106,7 +108,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 # Seconds for one elementwise operation: to start it, and for each element (measured on two CPU cores and on an H100).
 _COST = {"cpu": (2.5e-6, 0.35e-9), "cuda": (6e-6, 0.006e-9)}
-_WINDOW = {"cpu": 2**16, "cuda": 2**24}
+_WINDOW = {"cpu": 2**17, "cuda": 2**24}
 _EXACT_WIDTH = 16  # widest matrices for which exact products are cheaper than further sweeps
 
 
@@ -119,32 +121,49 @@ def make_plan(
     tol = TOLERANCE[compute_dtype(dtype)]
     window = _WINDOW.get(device.type, _WINDOW["cuda"])
     if isinstance(solver, Sequential):
-        return Plan(
-            "torch", time, 1, "exact" if cell.structure == "channelwise" else "zero", tol, None, window, ("asked for",)
-        )
+        kind = "exact" if cell.structure == "channelwise" else "zero"
+        autograd = _by_autograd(cell, x_shape, device, ops[0])
+        return Plan("torch", time, 1, kind, tol, None, window, None, autograd, ("asked for",))
     if solver.backend == "triton":
         raise BackendError(
             "backend: got 'triton'; this version generates no kernels yet. Use backend='auto' or 'torch'."
         )
     width = 1 if cell.structure == "channelwise" else (cell.width or channels) * len(cell.states)
-    jacobian, reasons = solver.jacobian, []
+    jacobian, lazy, reasons = solver.jacobian, None, []
     if jacobian == "auto":
         jacobian = "exact" if width <= _EXACT_WIDTH else "zero"
         reasons.append(
             f"{jacobian} Jacobian: {'one' if width == 1 else f'{width} x {width}'} per {'channel' if width == 1 else 'head'}"
         )
+        if jacobian == "exact" and width > 1 and cell.structure != "channelwise":
+            lazy = _tolerance(tol, "zero", dtype) if solver.tol is None else solver.tol
+            reasons.append("formed only if a sweep without it does not converge")
     if solver.chunk_length == "auto":
-        length = _choose_length(time, batch * channels, _linear_ops(width, jacobian, ops), device, ops[0], reasons)
+        linear = _linear_ops(width, "zero" if lazy else jacobian, ops)
+        shortest = 16 if cell.structure == "channelwise" else 128  # their backward starts many more operations a step
+        length = _choose_length(time, batch * channels, linear, device, ops[0], shortest, reasons)
     else:
         length = min(int(solver.chunk_length), time)
         reasons.append("chunk length asked for")
     tol = solver.tol if solver.tol is not None else _tolerance(tol, jacobian, dtype)
-    return Plan("torch", length, -(-time // length), jacobian, tol, solver.max_iters, window, tuple(reasons))
+    chunks = -(-time // length)
+    autograd = chunks == 1 and _by_autograd(cell, x_shape, device, ops[0])
+    return Plan("torch", length, chunks, jacobian, tol, solver.max_iters, window, lazy, autograd, tuple(reasons))
+
+
+def _by_autograd(cell: Cell, x_shape: tuple[int, ...], device: torch.device, step: int) -> bool:
+    """Whether autograd through a loop beats the adjoint behind it: very short, on a CPU very wide, or no matrices formed."""
+    batch, time, _, channels = x_shape
+    wide = device.type == "cpu" and batch * channels >= 4096
+    return cell.structure != "channelwise" or time * step <= 150 or wide
 
 
 def _tolerance(tol: float, jacobian: str, dtype: torch.dtype) -> float:
     """An inexact Jacobian leaves more error behind a defect; below a few roundings no defect can be told from noise."""
     return tol if jacobian == "exact" else max(tol / 10, 4 * torch.finfo(compute_dtype(dtype)).eps)
+
+
+_LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 def _linear_ops(width: int, jacobian: str, ops: tuple[int, int]) -> int:
@@ -154,7 +173,9 @@ def _linear_ops(width: int, jacobian: str, ops: tuple[int, int]) -> int:
     return ops[1] + 1 if width == 1 else ops[0] * width + width * width
 
 
-def _choose_length(time: int, width: int, linear_ops: int, device: torch.device, step: int, reasons: list[str]) -> int:
+def _choose_length(
+    time: int, width: int, linear_ops: int, device: torch.device, step: int, shortest: int, reasons: list[str]
+) -> int:
     start, each = _COST.get(device.type, _COST["cuda"])
 
     def seconds(length: int) -> float:
@@ -162,10 +183,11 @@ def _choose_length(time: int, width: int, linear_ops: int, device: torch.device,
         once = length * step * (start + each * width * chunks)
         if chunks == 1:
             return once
+        sweeps = 2 if length >= 64 else 3  # what cells take that forget within some tens of steps
         linear = time * width * linear_ops * each + (length * 2 + chunks * 12) * start
-        return 3 * once + linear + 200 * start
+        return sweeps * once + (sweeps - 1) * linear + 200 * start
 
-    best = min([time, *(2**k for k in range(4, 12) if 4 * 2**k <= time)], key=seconds)
+    best = min([time, *(n for n in _LENGTHS if min(64, shortest) <= n and 4 * max(n, shortest) <= time)], key=seconds)
     reasons.append(
         f"predicted {seconds(best) * 1e3:.2g} ms with chunks of {best}"
         + (

@@ -111,9 +111,11 @@ def _cut(v: Tensor, where: Tensor | None) -> Tensor:
     return v if where is None else v.masked_fill(where, 0.0)
 
 
-def adjoint_by_sweeps(steps: Steps, before: Tensor, cots: Cotangents, tol: float) -> Gradients:
-    """Gradients by iterating on the boundary gradients, no Jacobian formed; at most n sweeps."""
-    n = before.shape[3]
+def adjoint_by_sweeps(
+    steps: Steps, before: Tensor, cots: Cotangents, tol: float, limit: int | None = None
+) -> Gradients | None:
+    """Gradients by iterating on the boundary gradients, no Jacobian formed; at most n sweeps, None after `limit` of them."""
+    sweeps, n = 0, before.shape[3]
     beta = torch.zeros_like(before[0])
     beta[:, :, -1] = cots.dh_n
     lams = torch.empty_like(before)
@@ -130,6 +132,9 @@ def adjoint_by_sweeps(steps: Steps, before: Tensor, cots: Cotangents, tol: float
         outside = ~((defect.abs() <= tol * scale) | unchanged)
         if live_next <= 0 or not bool(outside.any()):
             break
+        sweeps += 1
+        if sweeps == limit:
+            return None
         beta[:, :, : live - 1] = incoming
         live = live_next
     gather = _Gather(steps, before, cots)

@@ -118,11 +118,12 @@ class Outcome:
     defect: float
 
 
-def shoot(steps: Steps, h0: Tensor, jacobian: str, tol: float, max_iters: int | None) -> Outcome:
+def shoot(steps: Steps, h0: Tensor, jacobian: str, tol: float, max_iters: int | None, lazy: float | None) -> Outcome:
     """Solve h_t = f(h_{t-1}, x_t) for all t from `h0` (S, B, F).
 
-    Stops when every defect and every predicted correction is within `tol` of max(1, |state|), or when all is exact. Raises
-    `ConvergenceError` if `max_iters` sweeps were not enough.
+    Stops when every defect and every predicted correction is within `tol` of max(1, |state|), or when all is exact. With a
+    tolerance `lazy`, the first update is made without Jacobians, and they are formed only if the defects after it exceed that
+    tolerance. Raises `ConvergenceError` if `max_iters` sweeps were not enough.
     """
     m, _, batch, n = steps.xs.shape[:4]
     ys = steps.xs.new_empty(m, h0.shape[0], *steps.xs.shape[2:])
@@ -146,10 +147,12 @@ def shoot(steps: Steps, h0: Tensor, jacobian: str, tol: float, max_iters: int | 
         first_next = first + 1 + int(exact.long().cumprod(0).sum())
         if first_next >= n:
             return Outcome(ys, iterations, 0.0)
-        allowed = tol * torch.where(torch.isfinite(ends), ends.abs().clamp_min(1.0), 1.0)
+        size = torch.where(torch.isfinite(ends), ends.abs().clamp_min(1.0), 1.0)
+        bare = jacobian == "zero" or (lazy is not None and sweeps <= 2 and chunk_maps is None)
+        allowed = size * (lazy if bare and lazy is not None else tol)
         outside = ~(defect.abs() <= allowed)
         within = not bool(outside.any())
-        if jacobian == "zero":
+        if bare and (within or jacobian == "zero" or sweeps == 1):
             correction = torch.zeros_like(ends)
         else:
             if chunk_maps is None or not within:
