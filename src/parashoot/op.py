@@ -93,7 +93,7 @@ def _gradients(
     with torch.autocast(x.device.type, enabled=False):
         grads, layout = _solve_backward(cell, solver, dy, dh_n, x, params, h0, reset, states, number, reverse)
     d_x = layout.unchunk(grads.xs, x.dtype)
-    d_params = [g.reshape(p.shape).to(p.dtype) for g, p in zip(grads.params, params, strict=True)]
+    d_params = [g.reshape(p.shape).to(p.dtype).contiguous() for g, p in zip(grads.params, params, strict=True)]
     return d_x, d_params, grads.h0.reshape(h0.shape[1], *h0.shape[::2]).movedim(0, 1).to(h0.dtype).contiguous()
 
 
@@ -172,8 +172,8 @@ scan_op.register_autograd(_backward, setup_context=_setup_context)
 @scan_backward_op.register_fake
 def _(dy, dh_n, x, params, h0, *rest):
     return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        [torch.empty_like(p) for p in params],
+        x.new_empty(x.shape),
+        [p.new_empty(p.shape) for p in params],
         h0.new_empty(h0.shape),
     )
 

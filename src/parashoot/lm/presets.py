@@ -10,14 +10,14 @@ from .config import ParaRNNConfig
 from .train_config import TrainConfig
 
 PRESETS = {
-    "demo": ParaRNNConfig(vocab_size=256, hidden_size=192, num_hidden_layers=3, intermediate_size=512),
+    "demo": ParaRNNConfig(vocab_size=256, hidden_size=128, num_hidden_layers=2, intermediate_size=384),
     "400M": ParaRNNConfig(vocab_size=50432, hidden_size=1024, num_hidden_layers=24),
     "1B": ParaRNNConfig(vocab_size=50432, hidden_size=2048, num_hidden_layers=24),
     "2.9B": ParaRNNConfig(vocab_size=50432, hidden_size=2560, num_hidden_layers=32, num_heads=2),
     "7B": ParaRNNConfig(vocab_size=50432, hidden_size=4096, num_hidden_layers=32),
 }
 
-DEMO = TrainConfig(model=PRESETS["demo"], steps=800, batch_size=4, sequence_length=512, learning_rate=3e-3)
+DEMO = TrainConfig(model=PRESETS["demo"], steps=2900, batch_size=4, sequence_length=256, learning_rate=6e-3)
 
 TRAININGS = {"demo": DEMO}
 
