@@ -92,7 +92,15 @@ def main() -> None:
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; forward + backward, medians"
     )
-    for batch, length, repeats in ((1, 4096, 1), (2, 4096, 1), (4, 4096, 1), (1, 16, 20), (1, 64, 8), (4, 16, 20), (4, 64, 8)):
+    for batch, length, repeats in (
+        (1, 4096, 1),
+        (2, 4096, 1),
+        (4, 4096, 1),
+        (1, 16, 20),
+        (1, 64, 8),
+        (4, 16, 20),
+        (4, 64, 8),
+    ):
         for name in args.cells:
             print(row(getattr(ps.cells, name), batch, length, args.channels, args.repeats * repeats), flush=True)
 

@@ -239,9 +239,8 @@ def _looped(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        given = [p.to(dtype) for p in params]
-        y, h_n = loop(cell, x.to(dtype), given, h0.to(dtype), reset=reset, reverse=reverse, return_states=all_states)
+    given = [p.to(dtype) for p in params]
+    y, h_n = loop(cell, x.to(dtype), given, h0.to(dtype), reset=reset, reverse=reverse, return_states=all_states)
     return y.to(x.dtype), h_n.to(h0.dtype)
 
 

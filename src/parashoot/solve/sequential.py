@@ -54,7 +54,8 @@ def loop(
         for record, i in zip(records, wanted, strict=True):
             record.append(state[i])
     ys = [_sized(torch.stack(r[::-1] if reverse else r, 1), (batch, time, *shape[1:])) for r in records]
-    last = torch.stack([_sized(v, shape) for v in state], 1)
+    last = [_sized(v, shape) for v in state]
+    last = torch.stack(last, 1) if len(last) > 1 else last[0].unsqueeze(1)
     y = torch.stack(ys, 2) if return_states else ys[0]
     return (y.flatten(-2), last.flatten(-2)) if cell.width else (y, last)
 
