@@ -1,4 +1,4 @@
-"""The command line: `parashoot train`, `generate`, `verify`, `explain`. What a command needs is imported when it runs."""
+"""The command line: `parashoot train`, `generate`, `verify`, `explain`, `bench`. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -80,6 +80,28 @@ def _parser() -> argparse.ArgumentParser:
         for name, default in zip(("time", "channels", "batch"), shape, strict=True):
             command.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
         command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+
+    bench = commands.add_parser(
+        "bench", help="measure against the loop and other people's kernels", description=_bench.__doc__
+    )
+    bench.add_argument(
+        "suites", nargs="*", metavar="SUITE", help="quick, table, peers, paper, time, width (default: quick)"
+    )
+    bench.add_argument(
+        "--out", default="bench.jsonl", metavar="FILE", help="rows are added here (default: bench.jsonl)"
+    )
+    bench.add_argument("--contestants", metavar="A,B", help="only these, instead of the suite's own")
+    bench.add_argument("--repeats", type=int, default=20, metavar="N", help="samples of each time (default: 20)")
+    bench.add_argument("--minutes", type=float, default=float("inf"), metavar="X", help="begin nothing after that long")
+    bench.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    bench.add_argument("--commit", metavar="HASH", help="what the rows call this version (default: git's)")
+    bench.add_argument(
+        "--render", metavar="FILE", help="measure nothing: make the tables and plots of this results file"
+    )
+    bench.add_argument(
+        "--readme", default="README.md", metavar="FILE", help="where --render puts them (default: README.md)"
+    )
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -181,6 +203,19 @@ def _explain(options: argparse.Namespace) -> int:
     cell = find_cell(options.cell, argument="CELL", files=True)
     print(explain(cell, _problem(cell, options)[0]))
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """Time cells forward and backward, each row with its error against the fp64 loop. Ctrl-C keeps what was measured."""
+    from .bench.command import run
+    from .bench.render import render
+
+    if options.render:
+        return render(Path(options.render), Path(options.readme))
+    return run(
+        options.suites, Path(options.out), device=options.device, contestants=options.contestants, repeats=options.repeats,
+        minutes=options.minutes, commit=options.commit,
+    )  # fmt: skip
 
 
 def _problem(cell, options: argparse.Namespace) -> tuple:

@@ -19,7 +19,7 @@ from .scan import check_arguments, scan
 from .solve.linear import Algebra
 from .solve.sequential import loop
 
-_BOUNDS = {  # storage dtype: (absolute, relative to |y|) agreement asked of outputs; relative agreement of gradients
+BOUNDS = {  # storage dtype: (absolute, relative to |y|) agreement asked of outputs; relative agreement of gradients
     torch.float64: (1e-10, 0.0, 1e-8),
     torch.float32: (1e-5, 0.0, 1e-4),
     torch.bfloat16: (5e-4, 2**-8, 2**-5),
@@ -145,9 +145,9 @@ def _compare(
     narrow = dtype in (torch.bfloat16, torch.float16)
     own = [v.float() for v in leaves] if narrow else leaves
     ours, theirs = _run(parallel, leaves, generator.manual_seed(seed)), _run(plain, own, generator.manual_seed(seed))
-    absolute, relative, gradient = _BOUNDS[dtype]
+    absolute, relative, gradient = BOUNDS[dtype]
     error, loop_error = ((run[0].double() - exact[0]).abs() for run in (ours, theirs))
-    g_error, g_loop = (max(map(_relative, run[1], exact[1])) for run in (ours, theirs))
+    g_error, g_loop = (max(map(relative_error, run[1], exact[1])) for run in (ours, theirs))
     allowed = torch.maximum(absolute + relative * exact[0].abs(), 2 * loop_error.max())
     return {
         "output_error": float(error.max()), "loop_output_error": float(loop_error.max()),
@@ -165,7 +165,7 @@ def _run(f: Callable, leaves: list[Tensor], generator: torch.Generator) -> tuple
     return y.detach(), [torch.zeros_like(v) if g is None else g for v, g in zip(leaves, grads, strict=True)]
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
+def relative_error(got: Tensor, want: Tensor) -> float:
     scale = float(want.abs().max())
     return float((got.double() - want).abs().max()) / (scale if scale > 0 else 1.0)
 

@@ -23,6 +23,7 @@ EXPRESSIONS = {
     "exp": "torch.exp({})", "expm1": "torch.expm1({})", "log": "torch.log({})", "log1p": "torch.log1p({})",
     "sin": "torch.sin({})", "cos": "torch.cos({})", "tanh": "torch.tanh({})", "sigmoid": "torch.sigmoid({})",
     "sqrt": "torch.sqrt({})", "rsqrt": "torch.rsqrt({})", "abs": "torch.abs({})", "sign": "torch.sign({})",
+    "erf": "torch.erf({})", "atan2": "torch.atan2({}, {})",
     "maximum": "_maximum({}, {})", "minimum": "_minimum({}, {})", "where": "_where({}, {}, {})",
 }  # fmt: skip
 _COMMUTATIVE = {"add", "mul", "maximum", "minimum", "eq", "ne", "and", "or"}
@@ -133,7 +134,7 @@ class Builder:
         return Graph(self.inputs, ops, tuple(map(renamed, outputs)), calls)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Graph:
     """Named inputs, operations in order, outputs that are names or constants."""
 
@@ -151,6 +152,12 @@ class Graph:
         builder = Builder(self.inputs)
         values = builder.inline(self, {})
         return builder.graph(values[i] for i in outputs)
+
+    def only_in_torch(self) -> list[str]:
+        """Operations that have no kernel expression: those outside the canonical ones, and powers to a variable."""
+        foreign = {op for op, _ in self.ops.values() if op not in EXPRESSIONS}
+        powers = {op for op, args in self.ops.values() if op == "pow" and not _is_const(args[1])}
+        return sorted(foreign | powers)
 
     def compile(self, dtype: torch.dtype) -> Callable[..., tuple]:
         """A Python function of the inputs that returns the outputs; intermediates are freed after their last use."""
@@ -256,6 +263,11 @@ def _convert(builder: Builder, node: torch.fx.Node, args: list[Any]) -> Atom:
         return add("div", 1.0, args[0])
     if name == "relu":
         return add("maximum", args[0], 0.0)
+    if name == "hypot":
+        return add("sqrt", add("add", add("mul", args[0], args[0]), add("mul", args[1], args[1])))
+    if name == "gelu" and options.get("approximate", "none") == "none":
+        normal = add("add", 1.0, add("erf", add("mul", args[0], math.sqrt(0.5))))
+        return add("mul", add("mul", args[0], 0.5), normal)
     if name == "masked_fill":
         return add("where", args[1], args[2], args[0])
     if name == "pow" and args[1] == 2:

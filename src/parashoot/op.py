@@ -6,16 +6,20 @@ Being an operator with fake kernels, it is opaque to `torch.compile`. Its implem
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from .cell import Cell, feature_shape, get_cell
-from .errors import GradientError
-from .plan import MultipleShooting, Plan, Sequential, Solver, compute_dtype, plan_for
+from .errors import ConvergenceError, GradientError
+from .plan import MultipleShooting, Plan, Sequential, Solver, backend_for, compute_dtype, plan_for, tolerance_backward
 from .solve.adjoint import Cotangents, Gradients, adjoint, adjoint_by_sweeps
 from .solve.linear import Algebra
 from .solve.sequential import loop
 from .solve.shooting import Steps, shoot
+from .tiling import unroll_for
+from .trace import Trace
 
 
 def encode(solver: Solver) -> tuple[int, float, int, str, str]:
@@ -37,36 +41,61 @@ def _decode(length: int, tol: float, max_iters: int, jacobian: str, backend: str
 def _forward(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool, save: bool,
     solver: Solver,
-) -> tuple[Tensor, Tensor, Tensor, list[float]]:  # fmt: skip
-    """(y, h_n, saved, stats): y (B, T, C) or with `all_states` (B, T, S, C); `saved` all states (B, T, S, C) in the compute
-    dtype if `save` and y is not that already; stats: iterations max, mean, defect, digest number, chunk length."""
+) -> tuple[Tensor, Tensor, Tensor, list[float], Tensor | None]:  # fmt: skip
+    """(y, h_n, saved, stats, facts): y (B, T, C) or with `all_states` (B, T, S, C); `saved` what backward needs if `save` and y is
+    not enough; stats: iterations max, mean, defect, digest number, chunk length, 1 for kernels; facts (N, 3), what kernels report:
+    iterations, defect and whether a limit was missed, left on the device."""
+    plan, found = plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)
+    if plan.tiling is not None:
+        return _forward_by_kernels(x, params, h0, reset, cell, reverse, all_states, save, plan, found)
     with torch.autocast(x.device.type, enabled=False):
-        plan, steps, layout = _prepare(cell, x, params, reset, reverse, solver)
+        steps, layout = _prepare(cell, x, params, reset, reverse, plan, found)
         result = shoot(steps, layout.state(h0), plan.jacobian, plan.tol, plan.max_iters, plan.lazy)
     ys = result.ys
     last = ys[(layout.time - 1) % layout.length, :, :, -1]
     h_n = last.flatten(2).movedim(0, 1).to(h0.dtype)
     y = layout.unchunk(ys if all_states else ys[:, cell.output : cell.output + 1], x.dtype)
     y = y if all_states else y.squeeze(2)
-    saved = layout.unchunk(ys, steps.xs.dtype) if save and _needs_saved(cell, x, all_states) else steps.xs.new_empty(0)
+    keep = save and _needs_saved(cell, x, all_states, "torch")
+    saved = layout.unchunk(ys, steps.xs.dtype) if keep else steps.xs.new_empty(0)
     slowest, mean = (
         (1.0, 1.0) if plan.chunks == 1 else (float(result.iterations.max()), float(result.iterations.mean()))
     )
-    return y, h_n.contiguous(), saved, [slowest, mean, result.defect, steps.trace.number, float(plan.chunk_length)]
+    stats = [slowest, mean, result.defect, found.number, float(plan.chunk_length), 0.0]
+    return y, h_n.contiguous(), saved, stats, None
+
+
+def _forward_by_kernels(
+    x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool, save: bool,
+    plan: Plan, found: Trace,
+) -> tuple[Tensor, Tensor, Tensor, list[float], Tensor]:  # fmt: skip
+    from .triton.runtime import run_forward  # Triton is imported where it is used
+
+    assert plan.tiling is not None
+    options = (reset, reverse, all_states, save, plan.tol, plan.max_iters)
+    y, h_n, saved, facts = run_forward(cell, found, plan.tiling, x, params, h0, *options)
+    if plan.max_iters is not None and bool(facts[:, 2].any()):
+        raise ConvergenceError(plan.max_iters, float(facts[:, 1].max()), plan.tol, plan.chunks)
+    stats = [0.0, 0.0, 0.0, found.number, float(plan.chunk_length), 1.0]
+    return y if all_states else y.squeeze(2), h_n, saved, stats, facts
 
 
 @torch.library.custom_op("parashoot::scan", mutates_args=())
 def scan_op(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: str, reverse: bool, all_states: bool, save: bool,
     length: int, tol: float, max_iters: int, jacobian: str, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`_forward` as an operator: the cell by its key, the solver as plain arguments, stats as a tensor."""
     solver = _decode(length, tol, max_iters, jacobian, backend)
-    y, h_n, saved, stats = _forward(x, params, h0, reset, get_cell(cell), reverse, all_states, save, solver)
-    return y, h_n, saved, torch.tensor(stats, dtype=torch.float64)
+    y, h_n, saved, stats, facts = _forward(x, params, h0, reset, get_cell(cell), reverse, all_states, save, solver)
+    facts = x.new_zeros((1, 3), dtype=torch.float32) if facts is None else facts
+    return y, h_n, saved, torch.tensor(stats, dtype=torch.float64), facts
 
 
-def _needs_saved(cell: Cell, x: Tensor, all_states: bool) -> bool:
+def _needs_saved(cell: Cell, x: Tensor, all_states: bool, backend: str) -> bool:
+    """Whether backward needs more than y."""
+    if backend == "triton":
+        return len(cell.states) > 1
     return compute_dtype(x.dtype) != x.dtype or not (all_states or len(cell.states) == 1)
 
 
@@ -75,13 +104,18 @@ def _(x, params, h0, reset, cell, reverse, all_states, save, length, tol, max_it
     made = get_cell(cell)
     b, t, _, c = x.shape
     slots = len(made.states)
+    solver = _decode(length, tol, max_iters, jacobian, backend)
+    kind = backend_for(made, x.dtype, x.device, solver)
     y = x.new_empty((b, t, slots, c) if all_states else (b, t, c))
-    saved = (b, t, slots, c) if save and _needs_saved(made, x, all_states) else (0,)
+    rows = -(-t // unroll_for(slots)) if kind == "triton" else t
+    saved = (b, rows, slots, c) if save and _needs_saved(made, x, all_states, kind) else (0,)
+    facts = (torch.library.get_ctx().new_dynamic_size() if kind == "triton" else 1, 3)
     return (
         y,
         h0.new_empty(h0.shape),
         x.new_empty(saved, dtype=compute_dtype(x.dtype)),
-        torch.empty(5, dtype=torch.float64),
+        torch.empty(6, dtype=torch.float64),
+        x.new_empty(facts, dtype=torch.float32),
     )
 
 
@@ -89,9 +123,24 @@ def _gradients(
     dy: Tensor | None, dh_n: Tensor | None, x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, states: Tensor,
     number: float, cell: Cell, reverse: bool, solver: Solver,
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """Gradients (dx, dparams, dh0) in the dtypes of x, params, h0, from all `states` (B, T, S, C) and the trace's `number`."""
+    """Gradients (dx, dparams, dh0) in the dtypes of x, params, h0, from what `_forward` saved and the trace's `number`."""
+    plan, found = plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)
+    if found.number != number:
+        raise GradientError(
+            f"cell '{cell.name}' changed between forward and backward: something its step reads (a global, a closure) "
+            "has another value now. Keep it fixed until backward has run."
+        )
+    if plan.tiling is not None:
+        from .triton.runtime import run_backward
+
+        if dy is None:
+            dy = x.new_zeros(()).expand(x.shape[0], x.shape[1], 1, x.shape[3])
+        dy = dy if dy.dim() == 4 else dy.unsqueeze(2)
+        dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
+        tol = tolerance_backward(x.dtype)
+        return run_backward(cell, found, plan.tiling, dy, dh_n, x, params, h0, reset, states, reverse, tol)
     with torch.autocast(x.device.type, enabled=False):
-        grads, layout = _solve_backward(cell, solver, dy, dh_n, x, params, h0, reset, states, number, reverse)
+        grads, layout = _solve_backward(cell, plan, found, dy, dh_n, x, params, h0, reset, states, reverse)
     d_x = layout.unchunk(grads.xs, x.dtype)
     d_params = [g.reshape(p.shape).to(p.dtype).contiguous() for g, p in zip(grads.params, params, strict=True)]
     return d_x, d_params, grads.h0.reshape(h0.shape[1], *h0.shape[::2]).movedim(0, 1).to(h0.dtype).contiguous()
@@ -110,15 +159,10 @@ def scan_backward_op(
 
 
 def _solve_backward(
-    cell: Cell, solver: Solver, dy: Tensor | None, dh_n: Tensor | None, x: Tensor, params: list[Tensor], h0: Tensor,
-    reset: Tensor | None, states: Tensor, number: float, reverse: bool,
+    cell: Cell, plan: Plan, found: Trace, dy: Tensor | None, dh_n: Tensor | None, x: Tensor, params: list[Tensor], h0: Tensor,
+    reset: Tensor | None, states: Tensor, reverse: bool,
 ) -> tuple[Gradients, Layout]:  # fmt: skip
-    plan, steps, layout = _prepare(cell, x, params, reset, reverse, solver)
-    if steps.trace.number != number:
-        raise GradientError(
-            f"cell '{cell.name}' changed between forward and backward: something its step reads (a global, a closure) "
-            "has another value now. Keep it fixed until backward has run."
-        )
+    steps, layout = _prepare(cell, x, params, reset, reverse, plan, found)
     states = states.view(x.shape[0], x.shape[1], len(cell.states), x.shape[3])
     first = h0.to(states.dtype).unsqueeze(1)
     entering = torch.cat([states[:, 1:], first] if reverse else [first, states[:, :-1]], 1)
@@ -140,20 +184,23 @@ def _solve_backward(
     if grads is None:
         grads = adjoint(steps, before, cots)
     if grads is None:  # a chunk's Jacobian product overflowed: sweep the whole sequence in order
-        return _solve_backward(cell, Sequential(), dy, dh_n, x, params, h0, reset, states, number, reverse)
+        plan = replace(plan, chunk_length=x.shape[1], chunks=1)
+        return _solve_backward(cell, plan, found, dy, dh_n, x, params, h0, reset, states, reverse)
     return grads, layout
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, params, h0, reset, cell, reverse, all_states, save, *solver = inputs
-    y, _, saved, stats = output
-    ctx.mark_non_differentiable(saved, stats)
+    y, _, saved, stats, facts = output
+    ctx.mark_non_differentiable(saved, stats, facts)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h0, reset, saved if _needs_saved(get_cell(cell), x, all_states) else y, stats, *params)
+    made = get_cell(cell)
+    kind = backend_for(made, x.dtype, x.device, _decode(*solver))
+    ctx.save_for_backward(x, h0, reset, saved if _needs_saved(made, x, all_states, kind) else y, stats, *params)
     ctx.options, ctx.save = (cell, reverse, *solver), save
 
 
-def _backward(ctx, dy, dh_n, _saved, _stats):
+def _backward(ctx, dy, dh_n, _saved, _stats, _facts):
     x, h0, reset, states, stats, *params = ctx.saved_tensors
     if not ctx.save:
         raise GradientError(
@@ -191,12 +238,16 @@ class _Direct(torch.autograd.Function):
     """The same two functions without the operator, whose dispatch costs more than a short sequence takes."""
 
     @staticmethod
-    def forward(ctx, facts: list[float], cell, reverse, all_states, save, solver, x, h0, reset, *params):  # type: ignore[override]
-        y, h_n, saved, stats = _forward(x, list(params), h0, reset, cell, reverse, all_states, save, solver)
-        facts.extend(stats)
+    def forward(ctx, facts: list, cell, reverse, all_states, save, solver, x, h0, reset, *params):  # type: ignore[override]
+        y, h_n, saved, stats, reported = _forward(
+            x, list(params), h0, reset, cell, reverse, all_states, save, solver
+        )
+        facts.extend([*stats, reported])
         if save:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(x, h0, reset, saved if _needs_saved(cell, x, all_states) else y, *params)
+            kind = "triton" if stats[5] else "torch"
+            states = saved if _needs_saved(cell, x, all_states, kind) else y
+            ctx.save_for_backward(x, h0, reset, states, *params)
             ctx.options = stats[3], cell, reverse, solver
         return y, h_n
 
@@ -219,20 +270,21 @@ class _Direct(torch.autograd.Function):
 
 def run(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool, solver: Solver
-) -> tuple[Tensor, Tensor, Tensor | list[float]]:  # fmt: skip
-    """(y, h_n, stats), directly on plain tensors, through the operator when compiling or on tensor subclasses."""
+) -> tuple[Tensor, Tensor, Tensor | list[float], Tensor | None]:  # fmt: skip
+    """(y, h_n, stats, facts), directly on plain tensors, through the operator when compiling or on tensor subclasses."""
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, *params))
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        y, h_n, _, stats = scan_op(x, params, h0, reset, cell.key, reverse, all_states, save, *encode(solver))
-        return y, h_n, stats
+        y, h_n, _, stats, facts = scan_op(x, params, h0, reset, cell.key, reverse, all_states, save, *encode(solver))
+        return y, h_n, stats, facts
     plan, found = plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)
     autocast = torch.is_autocast_enabled(x.device.type)  # it would reach a backward pass run inside it
     if plan.autograd and not autocast:
-        facts = [1.0, 1.0, 0.0, found.number, float(plan.chunk_length)]
-        return *_looped(x, params, h0, reset, cell, reverse, all_states), facts
+        stats = [1.0, 1.0, 0.0, found.number, float(plan.chunk_length), 0.0]
+        return *_looped(x, params, h0, reset, cell, reverse, all_states), stats, None
     facts = []
     y, h_n = _Direct.apply(facts, cell, reverse, all_states, save, solver, x, h0, reset, *params)  # type: ignore[misc]
-    return y, h_n, facts
+    *stats, reported = facts
+    return y, h_n, stats, reported
 
 
 def _looped(
@@ -302,12 +354,11 @@ def as_seen(cell: Cell, params: list[Tensor], dtype: torch.dtype) -> list[Tensor
 
 
 def _prepare(
-    cell: Cell, x: Tensor, params: list[Tensor], reset: Tensor | None, reverse: bool, solver: Solver
-) -> tuple[Plan, Steps, Layout]:
-    seen = as_seen(cell, params, compute_dtype(x.dtype))
-    plan, found = plan_for(cell, x, seen, solver)
+    cell: Cell, x: Tensor, params: list[Tensor], reset: Tensor | None, reverse: bool, plan: Plan, found: Trace
+) -> tuple[Steps, Layout]:
     feature = feature_shape(cell, x.shape[-1])
     layout = Layout(x, plan.chunk_length, feature, reverse)
     algebra = Algebra(len(cell.states), feature, cell.structure != "channelwise")
     resets = None if reset is None else layout.mask(reset)
-    return plan, Steps(cell, found, algebra, layout.chunk(x), seen, resets, plan.window), layout
+    seen = as_seen(cell, params, compute_dtype(x.dtype))
+    return Steps(cell, found, algebra, layout.chunk(x), seen, resets, plan.window), layout

@@ -6,7 +6,9 @@ This is the one place where a backend and a chunk length are chosen, and `explai
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from .cell import Cell, feature_shape
 from .errors import BackendError, bad_type, bad_value
+from .tiling import Tiling, choose
 from .trace import Trace, trace
 
 JACOBIANS = ("auto", "exact", "diagonal", "zero")
@@ -84,6 +87,7 @@ class Plan:
     window: int
     lazy: float | None  # tolerance up to which Jacobians are not formed at all
     autograd: bool  # one chunk: differentiate the plain loop, which is then the fastest
+    tiling: Tiling | None  # how generated kernels cut the problem; None: PyTorch operations
     reasons: tuple[str, ...]
 
 
@@ -114,22 +118,28 @@ _EXACT_WIDTH = 16  # widest matrices for which exact products are cheaper than f
 
 @functools.lru_cache(maxsize=4096)
 def make_plan(
-    cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver, ops: tuple[int, int]
-) -> Plan:
-    """The plan for x of `x_shape` (B, T, G, C); `ops` are elementary operations of a step and of its Jacobian."""
+    cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver, ops: tuple[int, int],
+    foreign: tuple[str, ...],
+) -> Plan:  # fmt: skip
+    """The plan for x of `x_shape` (B, T, G, C); `ops` are elementary operations of a step and of its Jacobian, `foreign` those
+    that have no kernel expression."""
     batch, time, _, channels = x_shape
+    obstacle = no_kernel(cell, dtype, device, solver, foreign)
+    if obstacle is None:
+        return _kernel_plan(cell, x_shape, dtype, device, solver)
+    asked = isinstance(solver, MultipleShooting) and solver.backend == "triton"
+    if asked:
+        raise BackendError(f"backend: got 'triton'; {obstacle}. Use backend='auto' or 'torch'.")
     tol = TOLERANCE[compute_dtype(dtype)]
     window = _WINDOW.get(device.type, _WINDOW["cuda"])
     if isinstance(solver, Sequential):
         kind = "exact" if cell.structure == "channelwise" else "zero"
         autograd = _by_autograd(cell, x_shape, device, ops[0])
-        return Plan("torch", time, 1, kind, tol, None, window, None, autograd, ("asked for",))
-    if solver.backend == "triton":
-        raise BackendError(
-            "backend: got 'triton'; this version generates no kernels yet. Use backend='auto' or 'torch'."
-        )
+        return Plan("torch", time, 1, kind, tol, None, window, None, autograd, None, ("asked for",))
     width = 1 if cell.structure == "channelwise" else (cell.width or channels) * len(cell.states)
     jacobian, lazy, reasons = solver.jacobian, None, []
+    if device.type == "cuda":
+        reasons.append(f"no kernel: {obstacle}")
     if jacobian == "auto":
         jacobian = "exact" if width <= _EXACT_WIDTH else "zero"
         reasons.append(
@@ -148,7 +158,78 @@ def make_plan(
     tol = solver.tol if solver.tol is not None else _tolerance(tol, jacobian, dtype)
     chunks = -(-time // length)
     autograd = chunks == 1 and _by_autograd(cell, x_shape, device, ops[0])
-    return Plan("torch", length, chunks, jacobian, tol, solver.max_iters, window, lazy, autograd, tuple(reasons))
+    return Plan("torch", length, chunks, jacobian, tol, solver.max_iters, window, lazy, autograd, None, tuple(reasons))
+
+
+SHORTEST_KERNEL_CHUNK = 16
+MOST_KERNEL_SLOTS = 4
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def no_kernel(
+    cell: Cell, dtype: torch.dtype, device: torch.device, solver: Solver, foreign: tuple[str, ...]
+) -> str | None:
+    """Why generated kernels do not run this, or None if they do. The answer does not depend on the shape."""
+    if cell.structure != "channelwise":
+        return f"kernels are generated for channelwise cells, and '{cell.name}' is {cell.structure}"
+    if len(cell.states) > MOST_KERNEL_SLOTS:
+        return f"kernels hold at most {MOST_KERNEL_SLOTS} states a channel, and '{cell.name}' has {len(cell.states)}"
+    if foreign:
+        return f"the step of '{cell.name}' or its derivative uses {', '.join(foreign)}, which has no kernel expression"
+    if dtype == torch.float64:
+        return "fp64 computes with PyTorch operations"
+    if isinstance(solver, MultipleShooting):
+        if solver.backend == "torch":
+            return "backend 'torch' asked for"
+        if solver.jacobian not in ("auto", "exact"):
+            return f"kernels correct with exact Jacobians, and jacobian={solver.jacobian!r} was asked for"
+        if not isinstance(solver.chunk_length, str) and solver.chunk_length < SHORTEST_KERNEL_CHUNK:
+            return f"kernels take chunks of at least {SHORTEST_KERNEL_CHUNK} steps, and chunk_length={solver.chunk_length}"
+    if not _triton_is_installed():
+        return "Triton is not installed (pip install triton)"
+    asked = isinstance(solver, MultipleShooting) and solver.backend == "triton"
+    if device.type == "cpu" and not (asked and os.environ.get("TRITON_INTERPRET") == "1"):
+        return "tensors on the CPU need Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
+    return None if device.type in ("cuda", "cpu") else f"kernels run on CUDA devices, not on '{device.type}'"
+
+
+def backend_for(cell: Cell, dtype: torch.dtype, device: torch.device, solver: Solver) -> str:
+    """ "triton" or "torch", whatever the shape."""
+    if no_kernel(cell, dtype, device, solver, ()) is not None:
+        return "torch"
+    found = trace(cell, compute_dtype(dtype), device, (), ())  # a channelwise trace does not depend on shapes
+    return "torch" if no_kernel(cell, dtype, device, solver, found.foreign) else "triton"
+
+
+# Defects within which kernels stop: below the rounding of what is stored.
+_KERNEL_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-5, torch.bfloat16: 5e-5}
+
+
+def tolerance_backward(dtype: torch.dtype) -> float:
+    """Relative to the largest gradient at a chunk boundary of the same channel."""
+    return 2 * _KERNEL_TOLERANCE[dtype] if dtype != torch.float32 else _KERNEL_TOLERANCE[dtype]
+
+
+def _kernel_plan(
+    cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver
+) -> Plan:
+    batch, time, _, channels = x_shape
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    asked = None
+    if isinstance(solver, Sequential):
+        asked = time
+    elif not isinstance(solver.chunk_length, str):
+        asked = min(int(solver.chunk_length), time)
+    tiling, reasons = choose(batch, time, channels, len(cell.states), dtype.itemsize, processors, asked)
+    length, chunks = tiling.cut(time)
+    given = isinstance(solver, MultipleShooting)
+    tol = solver.tol if given and solver.tol is not None else _KERNEL_TOLERANCE[dtype]
+    limit = solver.max_iters if given else None
+    return Plan("triton", min(length, time), chunks, "exact", tol, limit, 0, None, False, tiling, reasons)
 
 
 def _by_autograd(cell: Cell, x_shape: tuple[int, ...], device: torch.device, step: int) -> bool:
@@ -229,7 +310,8 @@ class Explanation:
 def plan_for(cell: Cell, x: Tensor, params: list[Tensor], solver: Solver) -> tuple[Plan, Trace]:
     """The plan and the trace for these tensors; traces the step if it is new."""
     found = trace_for(cell, x, params)
-    return make_plan(cell, tuple(x.shape), x.dtype, x.device, solver, (found.step_ops, found.jacobian_ops)), found
+    ops = (found.step_ops, found.jacobian_ops)
+    return make_plan(cell, tuple(x.shape), x.dtype, x.device, solver, ops, found.foreign), found
 
 
 def trace_for(cell: Cell, x: Tensor, params: list[Tensor]) -> Trace:

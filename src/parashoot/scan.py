@@ -22,13 +22,21 @@ class ScanInfo:
     `iterations` sweeps of the slowest sequence and `iterations_mean` over the batch, final `defect`, `chunk_length`, `backend`.
     """
 
-    def __init__(self, stats: Tensor | list[float], backend: str):
-        self.stats, self.backend = stats, backend
+    def __init__(self, stats: Tensor | list[float], facts: Tensor | None):
+        self._stats, self._facts = stats, facts
 
-    iterations = property(lambda self: int(self.stats[0]))
-    iterations_mean = property(lambda self: float(self.stats[1]))
-    defect = property(lambda self: float(self.stats[2]))
-    chunk_length = property(lambda self: int(self.stats[4]))
+    def _read(self, k: int) -> float:
+        """Statistic k: from what the kernels left on the device, or from what PyTorch's solver counted."""
+        if self._facts is None or self.backend == "torch":
+            return float(self._stats[k])
+        column = self._facts[:, 1 if k == 2 else 0]
+        return float(column.mean() if k == 1 else column.max())
+
+    iterations = property(lambda self: int(self._read(0)))
+    iterations_mean = property(lambda self: self._read(1))
+    defect = property(lambda self: self._read(2))
+    chunk_length = property(lambda self: int(self._stats[4]))
+    backend = property(lambda self: "triton" if self._stats[5] else "torch")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields."""
@@ -76,8 +84,8 @@ def scan(
             bad_type(name, value, "True or False")
     if h0 is None:
         h0 = x.new_zeros(x.shape[0], len(cell.states), x.shape[3])
-    y, h_n, stats = run(x, params, h0, reset, cell, reverse, return_states, solver)
-    return (y, h_n, ScanInfo(stats, "torch")) if return_info else (y, h_n)
+    y, h_n, stats, facts = run(x, params, h0, reset, cell, reverse, return_states, solver)
+    return (y, h_n, ScanInfo(stats, facts)) if return_info else (y, h_n)
 
 
 def explain(

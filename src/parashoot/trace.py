@@ -10,6 +10,7 @@ autograd state cannot leak into them.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
@@ -39,17 +40,24 @@ class Trace:
       K = S n (H = 1, n = C for a dense cell).
     - `vjp(states, inputs, params, cotangents)`: cotangents of inputs and (summed over R) of params.
     - `pull(states, inputs, params, cotangents)`: cotangents of the states.
-    - `step_ops`, `jacobian_ops`: elementary operations per step, for the cost model. `graph`: the canonical graph of the
-      new states and Jacobian (channelwise only).
+    - `step_ops`, `jacobian_ops`: elementary operations per step, for the cost model. Channelwise only: `graph`, the
+      canonical graph of the new states and the Jacobian's rows, and `adjoint`, of the cotangents of states, inputs and params.
     """
 
     digest: str
     step_ops: int
     jacobian_ops: int
     graph: Graph | None
+    adjoint: Graph | None
     jacobian: Callable[[Tensors, Tensors, Tensors], Tensor]
     vjp: Callable[[Tensors, Tensors, Tensors, Tensors], tuple[list[Tensor], list[Tensor]]]
     pull: Callable[[Tensors, Tensors, Tensors, Tensors], list[Tensor]]
+
+    @functools.cached_property
+    def foreign(self) -> tuple[str, ...]:
+        """Operations of the step or its derivatives that only PyTorch can run."""
+        graphs = [g for g in (self.graph, self.adjoint) if g is not None]
+        return tuple(sorted({op for g in graphs for op in g.only_in_torch()}))
 
     @property
     def number(self) -> float:
@@ -192,7 +200,8 @@ def _trace_channelwise(cell: Cell, dtype: torch.dtype, device: torch.device, fea
 
     text = f"{slots},{inputs},{params},{cell.output}\n{whole}"
     step_ops = len(whole.select(new).ops)
-    return Trace(_digest(text), step_ops, len(jac_graph.ops), both, jacobian, vjp, pull)
+    adjoint = whole.select(range(slots, len(whole.outputs)))
+    return Trace(_digest(text), step_ops, len(jac_graph.ops), both, adjoint, jacobian, vjp, pull)
 
 
 def _filled(v: Any, like: Tensor) -> Tensor:
@@ -257,7 +266,7 @@ def _trace_matrix(
 
     text = f"{cell.structure},{feature},{cell.output}\n{fx.graph}"
     ops = sum(n.op == "call_function" for n in fx.graph.nodes)
-    return Trace(_digest(text), max(1, ops // 4), ops * k, None, jacobian, vjp, pull)
+    return Trace(_digest(text), max(1, ops // 4), ops * k, None, None, jacobian, vjp, pull)
 
 
 def _outputs_only(fx: torch.fx.GraphModule, keep: list[int]) -> torch.fx.GraphModule:

@@ -1,0 +1,66 @@
+"""How generated kernels cut a problem: chunks of time, tiles of channels, what is loaded ahead, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A program takes `columns` channels of one chunk with `warps` warps; `unroll` steps a loop trip, `stages` trips loaded ahead;
+    time is cut into `chunks`, each led into by `burn` steps; a correction works on `rows` longer chunks at once."""
+
+    columns: int
+    warps: int
+    unroll: int
+    stages: int
+    chunks: int
+    burn: int = 32
+    rows: int = 8
+
+    def cut(self, length: int) -> tuple[int, int]:
+        """(chunk length, chunks) for a number of positions; chunk lengths are multiples of `unroll`."""
+        each = -(-length // self.chunks)
+        each = -(-each // self.unroll) * self.unroll
+        return each, -(-length // each)
+
+
+def unroll_for(slots: int) -> int:
+    """Steps a loop trip; cells of several slots store their states once a trip."""
+    return 4 if slots <= 2 else 2
+
+
+BURN = 32
+_STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full
+_LAUNCH = 6e-6  # of the second launch and of reading what the first recorded
+_ELEMENTS = 512  # carries that a multiprocessor advances at once: enough loads in flight to keep the memory busy
+
+
+def choose(
+    batch: int, time: int, channels: int, slots: int, itemsize: int, processors: int, chunk_length: int | None
+) -> tuple[Tiling, tuple[str, ...]]:
+    """The tiling for x (B, T, G, C) on a device of so many multiprocessors, and the reasons; `chunk_length` as asked for or None."""
+    unroll = unroll_for(slots)
+    full = processors * _ELEMENTS
+    wide = batch * channels * 8 >= full and channels >= 128 and slots <= 2
+    columns = 128 if wide else max(16, min(64, 1 << (channels - 1).bit_length()))
+    stages = 4 if slots == 1 else 3
+    if chunk_length is not None:
+        chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
+    else:
+        chunks, reasons = _chunks(batch * channels, time, unroll, full)
+    rows = max(2, 8 * (128 if slots <= 2 else 64) // columns)
+    return Tiling(columns, max(1, columns // 64), unroll, stages, chunks, BURN, rows), tuple(reasons)
+
+
+def _chunks(width: int, time: int, unroll: int, full: int) -> tuple[int, list[str]]:
+    """How many chunks: enough to fill the device, few enough that leading into them costs little."""
+    if width * 1.5 >= full:
+        return 1, [f"one chunk: {width} channels fill the device"]
+    most = max(1, min(round(full / width), time // (2 * BURN)))
+    alone, cut = time * _STEP, (time / most + BURN) * _STEP + _LAUNCH
+    if most == 1 or alone <= cut:
+        return 1, [f"one chunk: {time} steps take {alone * 1e6:.0f} us, cutting them {cut * 1e6:.0f} us"]
+    even = [n for n in range(most, max(1, most * 2 // 3), -1) if time % (n * unroll) == 0]
+    chunks = even[0] if even else most
+    return chunks, [f"{chunks} chunks of {width} channels: {chunks * width} carries at once, the device takes {full}"]

@@ -1,0 +1,64 @@
+"""From canonical graphs to Triton text: each operation one line, no knowledge of derivatives or of any cell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from ..graph import Atom, Graph
+
+EXPRESSIONS = {
+    "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}",
+    "lt": "{} < {}", "le": "{} <= {}", "gt": "{} > {}", "ge": "{} >= {}", "eq": "{} == {}", "ne": "{} != {}",
+    "and": "{} & {}", "or": "{} | {}", "not": "~{}",
+    "exp": "tl.exp({})", "expm1": "tl.exp({}) - 1.0", "log": "tl.log({})", "log1p": "tl.log(1.0 + {})",
+    "sin": "tl.sin({})", "cos": "tl.cos({})", "tanh": "tanh({}, FAST)", "sigmoid": "sigmoid({}, FAST)",
+    "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})", "abs": "tl.abs({})", "sign": "sign({})",
+    "maximum": "larger({}, {})", "minimum": "smaller({}, {})", "where": "tl.where({}, {}, {})",
+    "erf": "tl.erf({})", "atan2": "atan2({}, {})",
+}  # fmt: skip
+
+
+def power(base: str, exponent: float) -> str:
+    """base ** exponent for a constant exponent."""
+    if exponent == int(exponent) and 1 <= abs(exponent) <= 8:
+        product = " * ".join([base] * int(abs(exponent)))
+        return product if exponent > 0 else f"1.0 / ({product})"
+    return f"tl.exp({exponent!r} * tl.log({base}))"
+
+
+def atom(a: Atom) -> str:
+    """A name, or a constant as a literal that Triton takes."""
+    if isinstance(a, float) and not math.isfinite(a):
+        return f'float("{a}")'
+    return a if isinstance(a, str) else repr(a)
+
+
+def lines(graph: Graph) -> list[str]:
+    """One assignment for each operation."""
+    out = []
+    for name, (op, args) in graph.ops.items():
+        text = power(*args) if op == "pow" else EXPRESSIONS[op].format(*map(atom, args))  # type: ignore[index]
+        out.append(f"{name} = {text}")
+    return out
+
+
+def function(name: str, graph: Graph, inputs: Iterable[str]) -> str:
+    """A Triton function of `inputs` that returns the outputs of the graph which are not constants, as a tuple."""
+    results = dict.fromkeys(o for o in graph.outputs if isinstance(o, str))
+    body = lines(graph) + [f"return {', '.join(results)}" if results else "return 0.0"]
+    head = f"@triton.jit\ndef {name}({', '.join([*inputs, 'FAST: tl.constexpr'])}):\n"
+    return head + "".join(f"    {line}\n" for line in body)
+
+
+def call(name: str, graph: Graph, arguments: Iterable[str], prefix: str) -> tuple[str, list[Atom]]:
+    """A line that calls such a function, and the graph's outputs in the caller's names: constants stay constants."""
+    results = {o: f"{prefix}{k}" for k, o in enumerate(dict.fromkeys(o for o in graph.outputs if isinstance(o, str)))}
+    line = f"{', '.join(results.values())} = {name}({', '.join([*arguments, 'FAST'])})"
+    return (line if results else ""), [results[o] if isinstance(o, str) else o for o in graph.outputs]
+
+
+def dot(pairs: Iterable[tuple[Atom, str]]) -> str:
+    """The sum of products as an expression; factors 0 and 1 vanish."""
+    terms = [b if a == 1.0 else f"{atom(a)} * {b}" for a, b in pairs if a != 0.0]
+    return " + ".join(terms) or "zero"

@@ -1,0 +1,129 @@
+"""Generated kernels at run time: from a trace to a module, from tensors to launches."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import linecache
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cell import Cell
+from ..tiling import Tiling
+from ..trace import Trace
+from .sweep import Source, backward, forward
+
+
+@functools.lru_cache(maxsize=512)
+def source(found: Trace, cell: Cell, tiling: Tiling, all_states: bool, reset: bool, save: bool) -> Source:
+    """What the kernels for this trace, tiling and set of options are made from."""
+    assert found.graph is not None and found.adjoint is not None
+    slots = len(cell.states)
+    outputs = tuple(range(slots)) if all_states else (cell.output,)
+    return Source(
+        found.graph, found.adjoint, slots, len(cell.inputs), len(cell.params), outputs, tiling.unroll, tiling.stages,
+        reset, save and slots > 1,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=512)
+def load(made: Source, direction: str) -> tuple[Any, Any]:
+    """The two kernels of a direction. The text lies in linecache, where Triton and tracebacks find it."""
+    text = (forward if direction == "forward" else backward)(made)
+    name = f"<parashoot {direction} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+    namespace: dict[str, Any] = {"__name__": f"parashoot_{direction}"}
+    exec(compile(text, name, "exec"), namespace)
+    return namespace[f"{direction}_shoot"], namespace[f"{direction}_correct"]
+
+
+def run_forward(
+    cell: Cell, found: Trace, tiling: Tiling, x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, reverse: bool,
+    all_states: bool, save: bool, tol: float, most: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y (B, T, O, C), h_n, saved states (B, ceil(T / unroll), S, C) fp32 or empty, facts (N, 3): passes, defect, unsolved)."""
+    batch, time, _, channels = x.shape
+    made = source(found, cell, tiling, all_states, reset is not None, save)
+    y = x.new_empty(batch, time, len(made.outputs), channels)
+    h_n = torch.empty_like(h0)
+    given = {"x_ptr": x, **_params(params), "h_ptr": h0.contiguous(), "y_ptr": y, "end_ptr": h_n, **_strides(x, "x_b x_t x_g x_c")}
+    given |= _strides(y, "y_b y_t") | _reset(reset, reverse)
+    saved = x.new_empty(0, dtype=torch.float32)
+    if made.save:
+        groups = -(-time // tiling.unroll)
+        saved = x.new_empty(batch, groups, made.slots, channels, dtype=torch.float32)
+        given |= {"saved_ptr": saved, "groups": groups}
+    place = {"T0": time - 1, "DIR": -1, "LO": 0, "L": time} if reverse else {"T0": 0, "DIR": 1, "LO": 0, "L": time}
+    facts = _launch(load(made, "forward"), made, given, place, x, tiling, tol, 1.0, most)
+    return y, h_n, saved, facts
+
+
+def run_backward(
+    cell: Cell, found: Trace, tiling: Tiling, dy: Tensor, dh_n: Tensor, x: Tensor, params: list[Tensor], h0: Tensor,
+    reset: Tensor | None, states: Tensor, reverse: bool, tol: float,
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """(dx, dparams, dh0): `states` are y (B, T, 1, C) for a cell of one slot, the saved states for others; dy (B, T, O, C)."""
+    batch, time, gates, channels = x.shape
+    made = source(found, cell, tiling, dy.shape[2] > 1, reset is not None, True)
+    dx, dh0 = x.new_empty(batch, time, gates, channels), torch.empty_like(h0)
+    unroll = tiling.unroll
+    end = time if made.slots == 1 else -(-time // unroll) * unroll  # saved states stand at multiples of unroll
+    chunks = tiling.cut(end)[1]
+    sums = x.new_empty(batch, chunks, len(params), channels, dtype=torch.float32)
+    given = {"x_ptr": x, **_params(params), "dy_ptr": dy, "dh_ptr": dh_n.contiguous(), "dx_ptr": dx, "dp_ptr": sums, "end_ptr": dh0}
+    given |= _strides(x, "x_b x_t x_g x_c") | _strides(dy, "dy_b dy_t dy_s dy_c") | _strides(dx, "dx_b dx_t") | _reset(reset, reverse)
+    if made.slots == 1:
+        given |= {"h_ptr": h0.contiguous(), "y_ptr": states, **_strides(states, "y_b y_t")}
+    else:
+        given |= {"saved_ptr": states, "groups": states.shape[1]}
+    place = {"T0": time - end, "DIR": 1} if reverse else {"T0": end - 1, "DIR": -1}
+    _launch(load(made, "backward"), made, given, place | {"LO": end - time, "L": end}, x, tiling, tol, 0.0, None)
+    summed = sums.sum((0, 1))
+    return dx, [g.to(p.dtype) for g, p in zip(summed.unbind(0), params, strict=True)], dh0
+
+
+def _launch(
+    kernels: tuple[Any, Any], made: Source, given: dict[str, Any], place: dict[str, int], x: Tensor, tiling: Tiling, tol: float,
+    floor: float, most: int | None,
+) -> Tensor:  # fmt: skip
+    batch, channels = x.shape[0], x.shape[3]
+    length, columns = place["L"], tiling.columns
+    each, chunks = tiling.cut(length)
+    tiles = -(-channels // columns)
+    new = functools.partial(x.new_empty, dtype=torch.float32)
+    facts = new(batch, chunks, tiles, 3)
+    starts, ends = new(2, batch, made.slots, chunks, channels).unbind(0) if chunks > 1 else (facts, facts)
+    ragged = place["LO"] > 0 or channels % columns != 0
+    common = given | place | {"starts_ptr": starts, "ends_ptr": ends, "facts_ptr": facts, "C": channels, "tol": tol, "BD": columns}
+    common |= {"FAST": x.dtype == torch.bfloat16 and x.is_cuda, "WIDE": x.shape[1] * max(map(abs, x.stride()[1:])) >= 2**31}
+    shoot, correct = kernels
+    shoot[tiles, chunks, batch](
+        **common, CL=each, chunks=chunks, burn=min(tiling.burn, each), furthest=max(4 * each, 8 * tiling.burn), num_warps=tiling.warps,
+        ALONE=chunks == 1, MASKED=ragged or chunks * each != length,
+    )  # fmt: skip
+    if chunks > 1:
+        rows = min(tiling.rows, 1 << (chunks - 1).bit_length())
+        ratio = -(-chunks // rows)
+        used = -(-chunks // ratio)
+        correct[tiles, 1, batch](
+            **common, CL=each * ratio, chunks=used, parts=chunks, ratio=ratio, floor=floor, most=most or 2**30, NC=rows,
+            MASKED=ragged or used != rows or used * ratio * each != length, num_warps=max(1, min(16, rows * columns // 128)),
+        )  # fmt: skip
+    return facts.view(-1, 3)
+
+
+def _params(params: list[Tensor]) -> dict[str, Tensor]:
+    return {f"p{k}_ptr": p.contiguous() for k, p in enumerate(params)}
+
+
+def _strides(v: Tensor, names: str) -> dict[str, int]:
+    return dict(zip(names.split(), v.stride(), strict=False))
+
+
+def _reset(reset: Tensor | None, reverse: bool) -> dict[str, Any]:
+    if reset is None:
+        return {}
+    return {"reset_ptr": reset.view(torch.uint8), **_strides(reset, "r_b r_t"), "r_shift": int(reverse)}

@@ -1,0 +1,195 @@
+"""The kernel text: multiple shooting over chunks x channels, for the forward pass and for its adjoint alike.
+
+A sweep carries S numbers a channel through positions LO..L-1: the states or, backward, the gradients by the states. Time is cut
+into `chunks` of CL positions. Two launches:
+
+SHOOT, a program for each chunk and BD channels. `lead`: run into the chunk's start over the `run` positions before it, from
+    zero, with the Jacobian m of that run: where the cell forgets, m says that the start is known; else run from further back.
+    `write`: run through the chunk from there, storing results. Starts and ends are recorded.
+CORRECT, a program for each BD channels; its NC rows are longer chunks. Reads all starts and ends; where they agree it ends.
+    Else Newton: run through each row from its start s, storing results, with the Jacobian; compare s with e, the end of the row
+    above; a scan over rows gives the corrections. Starts become e + j delta, exact one row further each time: at most NC passes,
+    whatever the Jacobians.
+
+Names: i the carry that enters the sequence, v a running carry. `fill` puts lines in place of {markers}; `$...$` is repeated for
+every slot {i}, `$$...$$` for every pair {i}, {k}.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+_HEAD = """
+    tile, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    row = tl.arange(0, NC)[:, None]
+    col = (tile * BD + tl.arange(0, BD))[None, :]
+    inside = col < C
+    zero = tl.zeros([NC, BD], tl.float32)
+    tiles = tl.num_programs(0)
+    {setup}
+"""
+
+SHOOT = (
+    """
+@triton.jit
+def {name}_shoot(
+    {arguments}, starts_ptr, ends_ptr, facts_ptr, T0, DIR, LO, L, C, CL, chunks, tol, burn, furthest,
+    BD: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, ALONE: tl.constexpr, WIDE: tl.constexpr,
+):
+    NC: tl.constexpr = 1
+    part = tl.program_id(1)
+    parts = chunks
+    chunk = part + 0 * tl.arange(0, 1)[:, None]
+"""
+    + _HEAD
+    + """
+    live = inside
+    base = chunk * CL
+    $s{i} = i{i}$
+    settled = burn >= 0
+    if not ALONE:
+        run = burn + 0 * part
+        leading = part > 0
+        while leading:
+            n = run
+            clipped = base - n <= LO
+            $v{i} = tl.where(clipped, i{i}, zero)$
+            $$m{i}{k} = tl.where(clipped, zero, {unit})$$
+            origin = base - n
+            {lead}
+            $s{i} = v{i}$
+            $$j{i}{k} = clamped(m{i}{k})$$
+            left = tl.max(tl.max(tl.where(live, {weight}, 0.0), 1), 0)
+            settled = left <= tol
+            # where m shrinks, how far back it would be within tolerance, and a quarter more
+            needed = tl.where(left < 0.9, tl.log(tol) / tl.log(tl.minimum(left, 0.9)) * 1.25, 1e6)
+            run = tl.minimum(needed * n, 1e9).to(tl.int32) // {U} * {U} + {U}
+            leading = (settled == 0) & (run <= furthest)
+    n = CL
+    $v{i} = s{i}$
+    {clear}
+    origin = base
+    {write}
+    ran = n > 0
+    final = live & (chunk == chunks - 1)
+    {finish}
+    fact = facts_ptr + ((b * parts + part) * tiles + tile) * 3
+    tl.store(fact, 1.0)
+    tl.store(fact + 1, 0.0)
+    tl.store(fact + 2, (settled == 0).to(tl.float32))
+    if not ALONE:
+        mark = (b * {S} * chunks + chunk) * C + col
+        $tl.store(starts_ptr + mark + {i} * chunks * C, s{i}, mask=inside)$
+        $tl.store(ends_ptr + mark + {i} * chunks * C, v{i}, mask=inside)$
+"""
+)
+
+CORRECT = (
+    """
+@triton.jit
+def {name}_correct(
+    {arguments}, starts_ptr, ends_ptr, facts_ptr, T0, DIR, LO, L, C, CL, chunks, parts, ratio, tol, floor, most,
+    NC: tl.constexpr, BD: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+):
+    part = 0
+    chunk = tl.arange(0, NC)[:, None]
+"""
+    + _HEAD
+    + """
+    live = (chunk < chunks) & inside
+    first = chunk == 0
+    base = chunk * CL
+    # what the first launch recorded: its chunks row * ratio + k
+    mark = (b * {S} * parts + chunk * ratio) * C + col
+    fact = facts_ptr + ((b * parts + chunk * ratio) * tiles + tile) * 3
+    unsettled = zero
+    $z{i} = tl.abs(finite(i{i}, 1e30))$
+    $r{i} = zero$
+    for k in range(ratio):
+        at = chunk * ratio + k
+        there, joined = live & (at < parts), live & (at + 1 < parts)
+        $o{i} = tl.load(ends_ptr + mark + ({i} * parts + k) * C, mask=there, other=0.0)$
+        $s{i} = tl.load(starts_ptr + mark + ({i} * parts + k + 1) * C, mask=joined, other=0.0)$
+        unsettled = tl.maximum(unsettled, tl.load(fact + 3 * k * tiles + 2 + 0 * col, mask=there, other=0.0))
+        $d{i} = tl.where(joined, tl.abs(difference(o{i}, s{i})), 0.0)$
+        $r{i} = tl.maximum(r{i}, tl.where(d{i} < 1e38, d{i}, 1e38))$
+        $z{i} = tl.maximum(z{i}, tl.abs(finite(o{i}, 1e30)))$
+    $z{i} = tl.maximum(tl.max(z{i}, 0)[None, :], floor)$
+    bad = {apart}
+    going = (tl.max(tl.max((bad & inside).to(tl.int32), 1), 0) > 0) | (tl.max(tl.max(unsettled, 1), 0) > 0)
+    defect = tl.max(tl.max({largest_r}, 1), 0)
+    $s{i} = tl.load(starts_ptr + mark + {i} * parts * C, mask=live, other=0.0)$
+    $s{i} = tl.where(first, i{i}, finite(s{i}, 1e30))$
+    $v{i} = s{i}$
+    {clear}
+    ran = going
+    passes = 1 + 0 * tile
+    unsolved = tile < 0
+    n = CL
+    origin = base
+    while going:
+        $v{i} = s{i}$
+        $$m{i}{k} = {unit} + zero$$
+        {clear}
+        {both}
+        scratch = starts_ptr + mark
+        $e{i} = tl.where(first, i{i}, above(v{i}, scratch, ratio * C, live, first))$
+        $$j{i}{k} = above(clamped(m{i}{k}), scratch, ratio * C, live, first)$$
+        $z{i} = tl.maximum(tl.max(tl.where(live, tl.abs(finite(e{i}, 1e30)), 0.0), 0)[None, :], floor)$
+        $d{i} = tl.where(live, difference(e{i}, s{i}), 0.0)$
+        {scan}
+        $c{i} = tl.where(first, 0.0, finite(c{i}, 1e30))$
+        bad = {outside}
+        fine = tl.max(tl.max((bad & live).to(tl.int32), 1), 0) == 0
+        defect = tl.max(tl.max({largest}, 1), 0)
+        unsolved = (fine == 0) & (passes < chunks)
+        passes += 1
+        going = unsolved & (passes < most)
+        $s{i} = tl.where(first, i{i}, e{i} + c{i})$
+    final = live & ran & (chunk == chunks - 1)
+    {finish}
+    head = facts_ptr + (b * parts * tiles + tile) * 3
+    tl.store(head, passes.to(tl.float32))
+    tl.store(head + 1, defect)
+    for k in range(ratio):
+        tl.store(fact + 3 * k * tiles + 2 + 0 * col, zero, mask=live & (chunk * ratio + k < parts) & ran)
+    tl.debug_barrier()
+    tl.store(head + 2, unsolved.to(tl.float32), mask=ran)
+"""
+)
+
+LOOP = """
+for t in tl.range(0, n, {U}, num_stages={stages}):
+    {loads}
+    {steps}
+"""
+
+
+def fill(template: str, slots: int, blocks: Mapping[str, str | int | Sequence[str]]) -> str:
+    """The template with its repetitions written out and its markers replaced; a marker alone on a line takes several lines."""
+    out = []
+    for line in template.strip("\n").split("\n"):
+        text = line.strip()
+        indent = line[: len(line) - len(line.lstrip())]
+        if not text:
+            continue
+        whole = blocks.get(text[1:-1]) if text[0] == "{" else None
+        if isinstance(whole, list):
+            out += [indent + given for given in whole]
+            continue
+        pairs, single = re.fullmatch(r"\$\$(.*)\$\$", text), re.fullmatch(r"\$(.*)\$", text)
+        if pairs:
+            unit = lambda i, k: "1.0" if i == k else "0.0"
+            copies = [
+                pairs[1].replace("{i}", str(i)).replace("{k}", str(k)).replace("{unit}", unit(i, k))
+                for i in range(slots)
+                for k in range(slots)
+            ]
+        else:
+            copies = [single[1].replace("{i}", str(i)) for i in range(slots)] if single else [text]
+        for copy in copies:
+            for key, value in blocks.items():
+                copy = copy.replace("{" + key + "}", str(value)) if isinstance(value, str | int) else copy
+            out.append(indent + copy)
+    return "\n".join(out) + "\n\n"

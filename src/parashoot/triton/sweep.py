@@ -1,0 +1,305 @@
+"""From a traced cell to the source of its kernels: what a forward and a backward sweep load, compute and store at each position.
+
+Forward: the carry is the state, v <- f(v, x_t). Stores y and, for cells of several slots, all states once every `unroll`
+positions in fp32. Backward: the carry is the gradient by the state, v <- A_t^T (v + dy_t). Loads x, dy and the states that entered
+each step (of one slot the stored output of the step before; of several, computed again from the saved ones), stores dx and sums
+parameter gradients in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..graph import Atom, Graph
+from .emit import atom, call, dot, function
+from .skeleton import CORRECT, LOOP, SHOOT, fill
+
+HEADER = """import triton
+import triton.language as tl
+
+from parashoot.triton.functions import above, atan2, clamped, difference, finite, full, larger, sigmoid, sign, smaller, tanh
+
+"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a module of kernels depends on.
+
+    `graph`: new states and the Jacobian's rows; `adjoint`: cotangents of states, inputs and params; `outputs`: the slots that y
+    carries; `unroll`: positions a loop trip; `stages`: trips loaded ahead; `reset`: a mask is read; `save`: states are stored.
+    """
+
+    graph: Graph
+    adjoint: Graph
+    slots: int
+    inputs: int
+    params: int
+    outputs: tuple[int, ...]
+    unroll: int
+    stages: int
+    reset: bool
+    save: bool
+
+    @property
+    def step(self) -> Graph:
+        """New states only."""
+        return self.graph.select(range(self.slots))
+
+    @property
+    def arguments(self) -> list[str]:
+        """Names of the step's arguments."""
+        sizes = (("h", self.slots), ("x", self.inputs), ("p", self.params))
+        return [f"{role}{k}" for role, n in sizes for k in range(n)]
+
+    def given(self, states: list[str], u: int) -> list[str]:
+        """What a generated function is called with at position u of a trip."""
+        return [
+            *states,
+            *[f"x{u}_{g}.to(tl.float32)" for g in range(self.inputs)],
+            *[f"p{k}" for k in range(self.params)],
+        ]
+
+
+def forward(s: Source) -> str:
+    """The module with `forward_shoot` and `forward_correct`, as text."""
+    carry = [f"v{i}" for i in range(s.slots)]
+
+    def loads(lead: bool) -> list[str]:
+        boundary = "(q >= r_shift) & (q < L)"
+        return [line for u in range(s.unroll) for line in [*_position(u), *_load_inputs(s, u, lead, boundary)]]
+
+    def steps(jacobian: bool, write: bool) -> list[str]:
+        out = []
+        for u in range(s.unroll):
+            out += [*_position(u), *_cut(s, u, carry, jacobian)]
+            if s.save and write and u == 0:
+                out.append(
+                    f"at = saved_ptr + ((b * groups + (origin + t) // {s.unroll}) * {s.slots}) * C + col + 0 * row"
+                )
+                out += [f"tl.store(at + {i} * C, v{i}, {_mask(False)})" for i in range(s.slots)]
+            name, graph = ("step_and_jacobian", s.graph) if jacobian else ("step", s.step)
+            line, values = call(name, graph, s.given(carry, u), "w")
+            out.append(line)
+            if jacobian:
+                rows = [values[s.slots + i * s.slots :][: s.slots] for i in range(s.slots)]
+                out += _compose_step(rows)
+            out += _carry_on(values[: s.slots], not write)
+            if write:
+                out.append("at = y_ptr + b * y_b + time * y_t + col")
+                out += [
+                    f"tl.store(at + {n} * C, v{i}.to(y_ptr.dtype.element_ty), {_mask(False)})"
+                    for n, i in enumerate(s.outputs)
+                ]
+        return out
+
+    arguments = ["x_ptr", *_param_pointers(s), "h_ptr", "y_ptr", "end_ptr"]
+    arguments += ["saved_ptr", "groups"] * s.save + ["reset_ptr", "r_b", "r_t", "r_shift"] * s.reset
+    arguments += ["x_b", "x_t", "x_g", "x_c", "y_b", "y_t"]
+    functions = [function("step", s.step, s.arguments), function("step_and_jacobian", s.graph, s.arguments)]
+    setup = [*_load_params(s), *_load_entering("h_ptr", s.slots)]
+    return _module("forward", s, functions, arguments, setup, [], _store_end(s.slots), [], loads, steps)
+
+
+def backward(s: Source) -> str:
+    """The module with `backward_shoot` and `backward_correct`, as text."""
+    slots, last, recompute = range(s.slots), s.unroll - 1, s.slots > 1
+    entries = s.graph.select(range(s.slots, s.slots + s.slots**2))
+    carry = [f"v{i}" for i in slots]
+
+    def loads(lead: bool) -> list[str]:
+        out = []
+        for u in range(s.unroll):
+            out += [*_position(u), *_load_inputs(s, u, lead, "(q >= LO) & (q < L - r_shift)")]
+            out.append("at = dy_ptr + b * dy_b + time * dy_t + col * dy_c")
+            out += [f"g{u}_{n} = tl.load(at + {n} * dy_s, {_mask(lead)})" for n in range(len(s.outputs))]
+            if not recompute:  # the state before: y one position on, in the order of this sweep
+                out += [
+                    "at = y_ptr + b * y_b + (time + DIR) * y_t + col",
+                    f"h{u} = tl.load(at, mask=ok & (q < L - 1), other=0.0)",
+                ]
+        if recompute:
+            group = f"(L - {s.unroll} - origin - t) // {s.unroll}"
+            out.append(f"at = saved_ptr + ((b * groups + {group}) * {s.slots}) * C + col")
+            out += [f"saved{i} = tl.load(at + {i} * C, {_mask(lead)})" for i in slots]
+        return out
+
+    def entering() -> list[str]:
+        """f{u}_{i}, the states that enter the step at position u; the last position of the trip is the earliest in time."""
+        out = []
+        for u in reversed(range(s.unroll)):
+            names = [f"f{u}_{i}" for i in slots]
+            if not recompute:
+                out.append(f"q = origin + t + {u}")
+                out.append(f"{names[0]} = tl.where(q >= L - 1, h_first, h{u}.to(tl.float32))")
+            elif u == last:
+                out += [f"{names[i]} = saved{i}" for i in slots]
+            else:
+                line, values = call("step", s.step, s.given([f"f{u + 1}_{i}" for i in slots], u + 1), "w")
+                out += [line, *[f"{names[i]} = full({atom(values[i])}, zero)" for i in slots]]
+            out += _cut(s, u, names, False)
+        return out
+
+    def steps(jacobian: bool, write: bool) -> list[str]:
+        out = entering()
+        for u in range(s.unroll):
+            out += _position(u)
+            out += [f"v{i} += g{u}_{n}.to(tl.float32)" for n, i in enumerate(s.outputs)]
+            given = s.given([f"f{u}_{i}" for i in slots], u)
+            if jacobian:
+                line, values = call("jacobian", entries, given, "w")
+                transposed = [[values[k * s.slots + i] for k in slots] for i in slots]
+                out += [line, *_compose_step(transposed)]
+            if write:
+                line, values = call("adjoint", s.adjoint, [*given, *carry], "w")
+                out += [line, "at = dx_ptr + b * dx_b + time * dx_t + col"]
+                for g, v in enumerate(values[s.slots :][: s.inputs]):
+                    stored = f"full({atom(v)}, zero).to(dx_ptr.dtype.element_ty)"
+                    out.append(f"tl.store(at + {g} * C, {stored}, {_mask(False)})")
+                for k, v in enumerate(values[s.slots + s.inputs :]):
+                    out.append(f"a{k} += tl.where(ok, {atom(v)}, 0.0) if MASKED else {atom(v)}")
+                new = values[: s.slots]
+            else:
+                out += [f"u{i} = {dot((transposed[i][k], f'v{k}') for k in slots)}" for i in slots]
+                new = [f"u{i}" for i in slots]
+            out += [*_carry_on(new, not write), *_cut(s, u, carry, jacobian)]
+        return out
+
+    arguments = ["x_ptr", *_param_pointers(s)]
+    arguments += ["saved_ptr", "groups"] if recompute else ["h_ptr", "y_ptr", "y_b", "y_t"]
+    arguments += ["dy_ptr", "dh_ptr", "dx_ptr", "dp_ptr", "end_ptr"]
+    arguments += ["reset_ptr", "r_b", "r_t", "r_shift"] * s.reset
+    arguments += ["x_b", "x_t", "x_g", "x_c", "dy_b", "dy_t", "dy_s", "dy_c", "dx_b", "dx_t"]
+    setup = [*_load_params(s), *_load_entering("dh_ptr", s.slots)]
+    functions = [
+        function("jacobian", entries, s.arguments),
+        function("adjoint", s.adjoint, [*s.arguments, *[f"g{i}" for i in slots]]),
+    ]
+    if recompute:
+        functions.insert(0, function("step", s.step, s.arguments))
+    else:
+        setup.append("h_first = tl.load(h_ptr + b * C + col, mask=inside, other=0.0).to(tl.float32)")
+    sums, blank = [], []
+    for k in range(s.params):
+        sums += [
+            f"at = dp_ptr + ((b * parts + part) * {s.params} + {k}) * C + tile * BD + tl.arange(0, BD)",
+            "there = (tile * BD + tl.arange(0, BD) < C) & ran",
+            f"tl.store(at, tl.sum(tl.where(live, a{k}, 0.0), 0), mask=there)",
+        ]
+        blank += [
+            "for other in range(1, parts):",
+            f"    at = dp_ptr + ((b * parts + other) * {s.params} + {k}) * C + tile * BD + tl.arange(0, BD)",
+            "    tl.store(at, tl.zeros([BD], tl.float32), mask=(tile * BD + tl.arange(0, BD) < C) & ran)",
+        ]
+    clear = [f"a{k} = zero" for k in range(s.params)]
+    finish = [*_store_end(s.slots), *sums]
+    return _module("backward", s, functions, arguments, setup, clear, finish, blank, loads, steps)
+
+
+def _module(
+    name: str, s: Source, functions: list[str], arguments: list[str], setup: list[str], clear: list[str], finish: list[str],
+    blank: list[str], loads: Callable, steps: Callable,
+) -> str:  # fmt: skip
+    slots = range(s.slots)
+    pairs = [(i, k) for i in slots for k in slots]
+
+    def loop(jacobian: bool, write: bool, stages: int) -> list[str]:
+        blocks = {"loads": loads(not write), "steps": steps(jacobian, write), "U": s.unroll, "stages": stages}
+        return fill(LOOP, s.slots, blocks).rstrip("\n").split("\n")
+
+    def largest(terms: list[str]) -> str:
+        return terms[0] if len(terms) == 1 else f"tl.maximum({largest(terms[:-1])}, {terms[-1]})"
+
+    entries = [f"j{i}{k}" for i, k in pairs]
+    results = ", ".join([f"m{i}{k}" for i, k in pairs] + [f"o{i}" for i in slots])
+    given = ", ".join(entries + [f"finite(d{i}, 1e30)" for i in slots])
+    scan = [f"{results} = tl.associative_scan(({given}), 0, compose)"]
+    scan += [f"o{i} = above(o{i}, starts_ptr + mark + {i} * parts * C, ratio * C, live, first)" for i in slots]
+    scan += [f"c{i} = {dot((f'j{i}{k}', f'o{k}') for k in slots)}" for i in slots]
+    blocks = {
+        "name": name, "arguments": ", ".join(arguments), "S": s.slots, "U": s.unroll, "setup": setup, "clear": clear,
+        "scan": scan, 
+        "weight": largest([" + ".join(f"tl.abs(j{i}{k})" for k in slots) for i in slots]),
+        "largest": largest([f"tl.abs(d{i})" for i in slots]), "largest_r": largest([f"r{i}" for i in slots]),
+        "outside": " | ".join(f"~(tl.abs({v}{i}) <= tol * z{i})" for i in slots for v in "dc"),
+        "apart": " | ".join(f"~(r{i} <= tol * z{i})" for i in slots),
+    }  # fmt: skip
+    lead, write, both = loop(True, False, s.stages), loop(False, True, s.stages), loop(True, True, 1)
+    shoot = fill(SHOOT, s.slots, blocks | {"finish": finish, "lead": lead, "write": write})
+    correct = fill(CORRECT, s.slots, blocks | {"finish": finish + blank, "both": both})
+    return HEADER + "\n".join([*functions, _compose(s.slots), shoot, correct])
+
+
+def _mask(lead: bool) -> str:
+    return "mask=ok, other=0.0" if lead else "mask=ok if MASKED else None"
+
+
+def _position(u: int) -> list[str]:
+    """q: the position in the sweep; ok: whether it exists; time: where it lies in memory."""
+    return [
+        f"q = origin + t + {u}",
+        "ok = (q >= LO) & (q < L) & inside",
+        "time = (T0 + q * DIR).to(tl.int64) if WIDE else T0 + q * DIR",
+    ]
+
+
+def _param_pointers(s: Source) -> list[str]:
+    return [f"p{k}_ptr" for k in range(s.params)]
+
+
+def _load_params(s: Source) -> list[str]:
+    return [f"p{k} = tl.load(p{k}_ptr + col, mask=inside, other=0.0).to(tl.float32)" for k in range(s.params)]
+
+
+def _load_entering(pointer: str, slots: int) -> list[str]:
+    at = f"{pointer} + b * {slots} * C + col"
+    return [
+        f"i{i} = full(tl.load({at} + {i} * C, mask=inside, other=0.0).to(tl.float32), zero)" for i in range(slots)
+    ]
+
+
+def _store_end(slots: int) -> list[str]:
+    at = f"end_ptr + b * {slots} * C + col + 0 * row"
+    return [f"tl.store({at} + {i} * C, v{i}.to(end_ptr.dtype.element_ty), mask=final)" for i in range(slots)]
+
+
+def _load_inputs(s: Source, u: int, lead: bool, boundary: str) -> list[str]:
+    out = ["at = x_ptr + b * x_b + time * x_t + col * x_c"]
+    out += [f"x{u}_{g} = tl.load(at + {g} * x_g, {_mask(lead)})" for g in range(s.inputs)]
+    if s.reset:
+        # r_shift is 1 for a reverse scan: it enters t from t + 1, across the boundary that reset[t + 1] marks
+        out.append(f"cut{u} = tl.load(reset_ptr + b * r_b + (time + r_shift) * r_t, mask={boundary}, other=0)")
+    return out
+
+
+def _cut(s: Source, u: int, carries: list[str], lead: bool) -> list[str]:
+    """Nothing crosses a reset: a select, which stops NaN too."""
+    if not s.reset:
+        return []
+    entries = [f"m{i}{k}" for i in range(s.slots) for k in range(s.slots)] if lead else []
+    return [f"{v} = tl.where(cut{u} != 0, 0.0, {v})" for v in carries + entries]
+
+
+def _compose_step(a: list[list[Atom]]) -> list[str]:
+    """m <- a m at positions that exist."""
+    slots = range(len(a))
+    new = [f"n{i}{k} = {dot((a[i][j], f'm{j}{k}') for j in slots)}" for i in slots for k in slots]
+    return new + [f"m{i}{k} = tl.where(ok, n{i}{k}, m{i}{k})" for i in slots for k in slots]
+
+
+def _carry_on(values: list[Atom], lead: bool) -> list[str]:
+    """The new carries, all at once; positions that do not exist leave them as they are."""
+    out = [f"k{i} = full({atom(v)}, zero)" for i, v in enumerate(values)]
+    kept = "tl.where(ok, k{0}, v{0})" if lead else "tl.where(ok, k{0}, v{0}) if MASKED else k{0}"
+    return out + [f"v{i} = {kept.format(i)}" for i in range(len(values))]
+
+
+def _compose(slots: int) -> str:
+    """The affine map g after f, entries kept finite: the operator of the scan over rows."""
+    r = range(slots)
+    names = [f"{p}{i}{k}" for p in "f" for i in r for k in r] + [f"fr{i}" for i in r]
+    names += [f"g{i}{k}" for i in r for k in r] + [f"gr{i}" for i in r]
+    product = ["clamped(" + " + ".join(f"g{i}{m} * f{m}{k}" for m in r) + ")" for i in r for k in r]
+    shift = ["finite(" + " + ".join([*[f"g{i}{m} * fr{m}" for m in r], f"gr{i}"]) + ", 1e30)" for i in r]
+    return f"@triton.jit\ndef compose({', '.join(names)}):\n    return {', '.join(product + shift)}\n\n"

@@ -1,0 +1,287 @@
+"""The benchmarks: a wrong result is caught, an absent peer is named, a results file only grows, a README block is made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parashoot.bench import command, measure, recurrences, render, suites
+from parashoot.bench.agreement import agreement
+from parashoot.bench.case import Case, problem
+from parashoot.bench.contest import Contestant, Entry, Skip
+from parashoot.bench.ours import on_the_cell, time_limit
+from parashoot.bench.rows import table
+from parashoot.bench.suites import SUITES, Suite
+from parashoot.bench.timing import Sampler
+from parashoot.cli import main
+from parashoot.scan import scan
+
+CPU = torch.device("cpu")
+TINY = Case("gru", 2, 24, 8, "float32")
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> Path:
+    """A suite 'tiny' of two cases, in a directory of its own where the results go; copies are not measured."""
+    monkeypatch.chdir(tmp_path)
+    cases = (TINY, dataclasses.replace(TINY, cell="lstm", mode="infer"))
+    monkeypatch.setitem(SUITES, "tiny", Suite("two small cases", cases, ("scan-torch", "loop", "hgrn"), axis="time"))
+    monkeypatch.setattr(command, "copy_bandwidth", lambda device: 1e10)
+    return Path("bench.jsonl")
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def entry_with(y=lambda y: y, grad=lambda g: g, case: Case = TINY) -> Entry:
+    """`ps.scan` on a case, its result and the gradient by x changed."""
+
+    class Changed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, v):  # type: ignore[override]
+            return v.clone()
+
+        @staticmethod
+        def backward(ctx, g):  # type: ignore[override]
+            return grad(g)
+
+    return on_the_cell(case, CPU, lambda x, params: y(scan(case.step, Changed.apply(x), params)[0]))
+
+
+def test_rows_are_added_and_a_table_is_printed(tiny, capsys):
+    assert main(["bench", "tiny", "--repeats", "3"]) == 0
+    out = capsys.readouterr().out
+    assert main(["bench", "tiny", "--repeats", "3", "--contestants", "loop", "--commit", "abc"]) == 0
+    rows = rows_of(tiny)
+    assert [r["contestant"] for r in rows] == ["scan-torch", "loop", "hgrn", "scan-torch", "loop", "loop", "loop"]
+    for row in rows:
+        assert row["commit"]
+        assert row["device"]
+        assert row["versions"]["torch"] == torch.__version__
+        if row["contestant"] != "hgrn":
+            assert row["status"] == "ok"
+            assert row["error"] < 1e-6
+            assert row["compared_steps"] == 24
+            assert row["forward_us"] == sorted(row["forward_us"])
+            assert ("backward_us" in row) == (row["mode"] == "train") == (row["gradient_error"] is not None)
+    assert rows[-1]["commit"] == "abc"
+    assert "gru fp32 2 x 24 x 8" in out
+    assert "x floor" in out
+    assert "5 rows added to bench.jsonl" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, "ok"),
+        ({"y": lambda y: y * 1.001}, "wrong"),
+        ({"grad": lambda g: g * 1.001}, "wrong"),
+    ],
+    ids=["right", "off", "gradient off"],
+)
+def test_what_disagrees_with_the_loop_is_wrong(changes, status):
+    assert agreement(entry_with(**changes), 24, train=True).status == status
+
+
+def test_a_result_that_is_not_finite_is_infinitely_wrong():
+    found = agreement(entry_with(lambda y: torch.where(y > 0.5, torch.nan, y)), 24, train=False)
+    assert (found.status, found.error) == ("wrong", float("inf"))
+    found = agreement(entry_with(grad=lambda g: g * torch.nan), 24, train=True)
+    assert (found.status, found.gradient_error) == ("wrong", float("inf"))
+
+
+def test_only_a_part_is_compared_and_exactly():
+    case = Case("slstm", 3, 40, 96, "float64")
+    found = agreement(entry_with(case=case), 40, train=True)
+    assert found.status == "ok"
+    assert found.error < 1e-10
+    beyond = agreement(entry_with(lambda y: torch.cat([y[..., :64], y[..., 64:] + 1], -1), case=case), 40, train=True)
+    assert beyond == found
+
+
+@pytest.mark.parametrize("cell", ["headgru", "elman"])
+def test_cells_whose_channels_mix_are_compared_too(cell):
+    assert agreement(entry_with(case=Case(cell, 3, 20, 72, "float64")), 20, train=True).status == "ok"
+
+
+def test_floors_are_the_bytes_that_must_move_once():
+    case = Case("lstm", 2, 10, 8, "bfloat16")
+    x, _ = problem(case, CPU)
+    entry = entry_with(case=case)
+    y = entry.run(x)
+    assert entry.floors(y) == (2 * (10 * 3 * 8 + 10 * 8 + 2 * 8) * 2, 2 * (2 * 10 * 3 * 8 + 2 * 10 * 8) * 2)
+
+
+def test_an_absent_peer_is_skipped_by_name(tiny, capsys, monkeypatch):
+    def missing(name: str):
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    monkeypatch.setitem(SUITES, "tiny", Suite("", (TINY,), suites.PEERS))
+    assert main(["bench", "tiny", "--repeats", "3"]) == 0
+    reasons = {row["contestant"]: row["reason"] for row in rows_of(tiny)}
+    for name, package in {
+        "pararnn-torch": "pararnn-torch", "hgrn": "fla-core", "gated-delta": "fla-core", "accelerated-scan": "accelerated-scan",
+    }.items():  # fmt: skip
+        assert reasons[name] == f"not installed: pip install {package}"
+    assert "needs a GPU" in reasons["cudnn-gru"]
+    assert "flashrnn" not in reasons  # it has no GRU
+    assert "pip install fla-core" in capsys.readouterr().out
+
+
+def test_whatever_a_contestant_raises_leaves_the_others_running():
+    def fails(case, device):
+        raise ZeroDivisionError("one over\nnothing")
+
+    def late(case, device):
+        calls = itertools.count()
+        return entry_with(lambda y: y if next(calls) < 20 else y / torch.empty(0))
+
+    makers = {"fails": fails, "late": late, "fine": lambda case, device: entry_with()}
+    contestants = [Contestant(name, "", make) for name, make in makers.items()]
+    found, interrupted = measure.measure(TINY, contestants, measure.Session(CPU, 1e10, 30))
+    assert not interrupted
+    assert [row["status"] for row in found] == ["skipped", "skipped", "ok"]
+    assert found[0]["reason"] == "ZeroDivisionError: one over"
+    assert "one over" in table(found)
+
+
+def test_extra_work_is_subtracted(monkeypatch):
+    seconds = {"main": (3.0, 10.0), "extra": (1.0, 3.5)}  # forward, both
+
+    def forward(entry, inputs, train):
+        return Sampler("", lambda: seconds["main" if entry.extra else "extra"][0])
+
+    def both(entry, inputs, forward):
+        return Sampler("", lambda: seconds["main" if entry.extra else "extra"][1], [(1, forward)])
+
+    monkeypatch.setattr(measure, "forward_sampler", forward)
+    monkeypatch.setattr(measure, "backward_sampler", both)
+    extra = entry_with()
+    lane = measure.Lane({}, measure._passes(dataclasses.replace(extra, extra=extra), train=True))
+    lane.sample()
+    assert lane.passes["forward"].microseconds() == [2e6] * 3
+    assert lane.passes["backward"].microseconds() == [4.5e6] * 3  # (10 - 3) - (3.5 - 1)
+
+
+def test_interrupting_keeps_what_was_measured(tiny, capsys, monkeypatch):
+    sample, count = Sampler.sample, itertools.count()
+
+    def interrupted(self):
+        if next(count) == 20:  # in the second case, once every sampler there has been asked
+            raise KeyboardInterrupt
+        sample(self)
+
+    monkeypatch.setattr(Sampler, "sample", interrupted)
+    assert main(["bench", "tiny", "--repeats", "4"]) == 130
+    rows = [row for row in rows_of(tiny) if row["status"] != "skipped"]
+    assert [(row["cell"], row["samples"]) for row in rows] == [("gru", 4), ("gru", 4), ("lstm", 2), ("lstm", 2)]
+    assert "rows added" in capsys.readouterr().out
+
+
+def test_the_time_budget_ends_between_rows(tiny, capsys):
+    assert main(["bench", "tiny", "--minutes", "1e-9"]) == 0
+    assert "Out of time: 2 of 2 cases not run." in capsys.readouterr().out
+    assert not tiny.exists()
+
+
+def test_render_replaces_only_its_block(tiny, capsys):
+    assert main(["bench", "tiny", "--repeats", "3"]) == 0
+    rows = rows_of(tiny)
+    wrong = {**rows[1], "contestant": "fast and wrong", "status": "wrong", "forward_us": [1.0, 1.0, 1.0]}
+    ours = {**rows[0], "contestant": "scan-triton"}
+    newer = {**rows[1], "forward_us": [1e6, 2e6, 3e6], "backward_us": [1e6, 2e6, 3e6]}
+    tiny.write_text("".join(json.dumps(row) + "\n" for row in [*rows, wrong, ours, newer]))
+    readme = Path("README.md")
+    readme.write_text(f"before\n{render.START}\nold\n{render.END}\nafter\n")
+    assert main(["bench", "--render", "bench.jsonl"]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{render.START}\n**tiny**: two small cases. ")
+    assert text.endswith(f"{render.END}\nafter\n")
+    assert "old" not in text
+    lines = {line.split(" | ")[1]: line for line in text.splitlines() if line.startswith("|")}
+    total = ours["forward_us"][1] + ours["backward_us"][1]
+    first = next(line for line in text.splitlines() if "| loop | 2 s |" in line)
+    assert first.endswith(f"| {4e6 / total:.2f}x |")
+    assert lines["fast and wrong"].endswith("wrong |  |")
+    assert "Not run: hgrn (gru fp32 2 x 24 x 8)" in text
+    assert "![two small cases](tiny.png)" in text
+    assert Path("tiny.png").read_bytes().startswith(b"\x89PNG")
+    before = text
+    assert main(["bench", "--render", "bench.jsonl"]) == 0
+    assert readme.read_text() == before
+
+
+def test_wrong_uses_are_one_line(tiny, capsys):
+    def fails(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(["bench", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "quick, table, peers" in fails("quack")
+    assert "scan-triton" in fails("tiny", "--contestants", "scan-triton,lop")
+    assert "--repeats" in fails("tiny", "--repeats", "1")
+    assert "--minutes" in fails("tiny", "--minutes", "0")
+    assert "--device" in fails("tiny", "--device", "abacus")
+    assert "existing results file" in fails("--render", "none.jsonl")
+    tiny.write_text("{}\n{")
+    assert "line 2" in fails("--render", "bench.jsonl")
+    tiny.write_text("")
+    assert render.START in fails("--render", "bench.jsonl")
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_ask_contestants_that_exist_and_fit(name):
+    suite = SUITES[name]
+    assert set(suite.contestants) <= set(command.CONTESTANTS)
+    assert len(set(suite.cases)) == len(suite.cases)
+    for case in suite.cases:
+        assert case.step.name == case.cell
+        assert sum(command.CONTESTANTS[c].fits(case) for c in suite.contestants) >= 2
+    assert {c for c in suite.contestants if any(command.CONTESTANTS[c].fits(case) for case in suite.cases)} == {
+        *suite.contestants
+    }
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_the_dense_loops_are_those_of_torch(kind):
+    layer = getattr(torch.nn, kind)(5, 7, batch_first=True, dtype=torch.float64)
+    x = torch.randn(2, 9, 5, dtype=torch.float64)
+    loop = recurrences.dense_gru if kind == "GRU" else recurrences.dense_lstm
+    torch.testing.assert_close(loop(x, *layer.parameters()), layer(x)[0], rtol=0, atol=1e-12)
+
+
+def test_compilation_has_a_time_limit():
+    with pytest.raises(Skip, match="to compile"), time_limit(0.05):
+        time.sleep(20)
+    with pytest.raises(ZeroDivisionError), time_limit(10.0):
+        raise ZeroDivisionError
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_graphs_and_what_cannot_be_captured():
+    def waits(case, device):
+        return on_the_cell(
+            case, device, lambda x, params: scan(case.step, x, params)[0] * float(x.detach().sum() > -1e9)
+        )
+
+    contestants = [command.CONTESTANTS["loop-graph"], command.CONTESTANTS["loop"], Contestant("waits", "", waits)]
+    found, _ = measure.measure(Case("gru", 2, 64, 32), contestants, measure.Session(torch.device("cuda"), 3e12, 5))
+    graphed, launched, waiting = found
+    assert [row["status"] for row in found] == ["ok", "ok", "ok"]
+    assert graphed["forward_by"] == graphed["backward_by"] == "graph"
+    assert launched["forward_by"] == "events"
+    assert waiting["forward_by"].startswith("events, no graph: ")
+    assert 0 < graphed["forward_us"][1] < launched["forward_us"][1]
+    assert graphed["peak_bytes"] > graphed["saved_bytes"] > 0
