@@ -20,7 +20,8 @@ from triton.compiler import ASTSource
 import parashoot as ps
 from parashoot.tiling import Tiling
 from parashoot.trace import trace
-from parashoot.triton.runtime import load, source
+from parashoot.triton.runtime import load
+from parashoot.triton.sweep import source_of
 
 FP32 = ("starts", "ends", "facts", "saved", "h", "end", "dh", "dp")
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -29,8 +30,15 @@ PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tiling: Tiling, reset: bool = False) -> dict:
     """Registers, spilled bytes, shared memory and compile seconds of one kernel; dtype is "bf16", "fp16" or "fp32"."""
     found = trace(cell, torch.float32, torch.device("cpu"), (4,), ((4,),) * len(cell.params))
-    kernel = load(source(found, cell, tiling, False, reset, True), direction)[launch == "correct"]
-    constants = {"BD": tiling.columns, "NC": tiling.rows, "FAST": dtype == "bf16", "MASKED": False, "ALONE": False, "WIDE": False}
+    kernel = load(source_of(found, cell, tiling.unroll, tiling.stages, False, reset, True), direction)[launch == "correct"]
+    constants = {
+        "BD": tiling.columns,
+        "NC": tiling.rows,
+        "FAST": dtype == "bf16",
+        "MASKED": False,
+        "ALONE": False,
+        "WIDE": False,
+    }
     constants |= {"x_c": 1, "dy_c": 1, "DIR": 1}
     signature, values, attributes = {}, {}, {}
     for k, name in enumerate(kernel.arg_names):
@@ -45,14 +53,25 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
             signature[name] = "fp32" if name in ("tol", "floor") else "i32"
         if name.endswith("_ptr") or name in ("C", "CL", "L") or re.fullmatch(r"(x|y|dx|dy)_[btgs]", name):
             attributes[k,] = [["tt.divisibility", 16]]
-    options = {"num_warps": tiling.warps if launch == "shoot" else max(1, min(16, tiling.rows * tiling.columns // 128))}
+    options = {
+        "num_warps": tiling.warps
+        if launch == "shoot"
+        else max(1, min(8, tiling.rows * tiling.columns // (128 if len(cell.states) <= 2 else 64)))
+    }
     begun = time.perf_counter()
     compiled = triton.compile(ASTSource(kernel, signature, values, attributes), GPUTarget("cuda", 90, 32), options)
     seconds = time.perf_counter() - begun
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(compiled.asm["ptx"])
-        command = [str(PTXAS), "-v", "--gpu-name=sm_90a", str(ptx), "-o", os.environ.get("CUBIN", os.path.join(folder, "kernel.cubin"))]
+        command = [
+            str(PTXAS),
+            "-v",
+            "--gpu-name=sm_90a",
+            str(ptx),
+            "-o",
+            os.environ.get("CUBIN", os.path.join(folder, "kernel.cubin")),
+        ]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spills = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
     assert registers and spills, report
@@ -65,4 +84,6 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
 if __name__ == "__main__":
     for job in json.loads(sys.argv[1]):
         name, direction, launch, dtype, tiling = job
-        print(json.dumps(compile_kernel(getattr(ps.cells, name), direction, launch, dtype, Tiling(**tiling))), flush=True)
+        print(
+            json.dumps(compile_kernel(getattr(ps.cells, name), direction, launch, dtype, Tiling(**tiling))), flush=True
+        )

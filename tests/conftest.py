@@ -1,5 +1,9 @@
-"""What every test runs under: the helpers importable, one thread for each worker, the same numbers each time."""
+"""What every test runs under: the helpers importable, one thread for each worker, the same numbers each time.
 
+Without a GPU, kernels run in Triton's interpreter, which has to be asked for before Triton is imported.
+"""
+
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 slow_is_fine = [HealthCheck.too_slow]  # the first example also traces the cell

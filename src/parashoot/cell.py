@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import importlib
 import inspect
 import itertools
 import sys
@@ -65,6 +66,14 @@ class Cell:
                 f"cell '{self.name}': got structure '{self.structure}'; only headwise cells have a width."
             )
         return _make(self.step, "headwise", width, self.states[self.output])
+
+    def triton_source(self, direction: str = "forward", *, reset: bool = False, return_states: bool = False) -> str:
+        """The Triton source of this cell's kernels, as it is compiled: `direction` "forward", "backward" or "decode".
+
+        Raises `BackendError` if the cell is not channelwise or uses an operation without a kernel expression.
+        """
+        # By name, for what stands to the right of cells knows them, and not the other way round.
+        return importlib.import_module("parashoot.triton.sweep").text(self, direction, reset, return_states)
 
     def fingerprint(self) -> tuple:
         """A value that changes whenever the code, closures or globals that the step reads change."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .cell import Cell, parameter_shapes
 from .cells import gru, lstm
 from .errors import bad_type, bad_value
+from .op import advance
 from .plan import Solver, check_solver, compute_dtype
 from .scan import scan
-from .solve.sequential import advance
 
 
 class RNN(nn.Module):
@@ -134,8 +134,12 @@ class RNN(nn.Module):
             out = torch.cat(ways, -1) if self.bidirectional else ways[0]
         return out, torch.stack(finals)
 
-    def step(self, x_t: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One step of decoding: x_t (B, D), h (num_layers, B, S, C) -> (y_t (B, C), new h). Agrees with `forward`."""
+    def step(self, x_t: Tensor, h: Tensor | None = None, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+        """One step of decoding: x_t (B, D), h (num_layers, B, S, C) -> (y_t (B, C), new h). Agrees with `forward`.
+
+        `inplace` writes the new states into `h` and returns it; under `torch.no_grad()` on a GPU the step may then be captured in a
+        CUDA graph.
+        """
         if self.bidirectional:
             bad_value(
                 "bidirectional",
@@ -145,19 +149,19 @@ class RNN(nn.Module):
             )
         if x_t.dim() != 2:
             bad_value("x_t", x_t, f"shape (B, D) = (B, {self.input_size})", "One step, no time axis.")
+        if inplace and h is None:
+            bad_value("h", "None", "the states to overwrite, because inplace=True")
         self._check(x_t.unsqueeze(1), h, None)
         finals, out = [], x_t
         for layer, suffix in self._directions():
             inputs = self._project(out.unsqueeze(1), suffix)[:, 0]
             dtype = compute_dtype(inputs.dtype)
             shape = (inputs.shape[0], len(self.cell.states), self.hidden_size)
-            state = inputs.new_zeros(shape, dtype=dtype) if h is None else h[layer].to(dtype)
-            with torch.autocast(x_t.device.type, enabled=False):
-                state = advance(self.cell, state, inputs.to(dtype), [p.to(dtype) for p in self.recurrent(suffix)])
+            state = inputs.new_zeros(shape, dtype=dtype) if h is None else h[layer]
+            state = advance(self.cell, state, inputs, self.recurrent(suffix), inplace)
             out = state[:, self.cell.output].to(inputs.dtype)
             finals.append(state)
-        h_n = torch.stack(finals)
-        return out, h_n if h is None else h_n.to(h.dtype)
+        return out, h if inplace and h is not None else torch.stack(finals)
 
     def recurrent(self, suffix: str = "l0") -> list[Tensor]:
         """The cell's parameters for one layer and direction ("l0", "l0_reverse", ...), clipped, in the step's order."""

@@ -16,10 +16,11 @@ from .errors import ConvergenceError, GradientError
 from .plan import MultipleShooting, Plan, Sequential, Solver, backend_for, compute_dtype, plan_for, tolerance_backward
 from .solve.adjoint import Cotangents, Gradients, adjoint, adjoint_by_sweeps
 from .solve.linear import Algebra
+from .solve.sequential import advance as advance_in_torch
 from .solve.sequential import loop
 from .solve.shooting import Steps, shoot
 from .tiling import unroll_for
-from .trace import Trace
+from .trace import Trace, trace
 
 
 def encode(solver: Solver) -> tuple[int, float, int, str, str]:
@@ -239,9 +240,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, facts: list, cell, reverse, all_states, save, solver, x, h0, reset, *params):  # type: ignore[override]
-        y, h_n, saved, stats, reported = _forward(
-            x, list(params), h0, reset, cell, reverse, all_states, save, solver
-        )
+        y, h_n, saved, stats, reported = _forward(x, list(params), h0, reset, cell, reverse, all_states, save, solver)
         facts.extend([*stats, reported])
         if save:
             ctx.set_materialize_grads(False)
@@ -285,6 +284,26 @@ def run(
     y, h_n = _Direct.apply(facts, cell, reverse, all_states, save, solver, x, h0, reset, *params)  # type: ignore[misc]
     *stats, reported = facts
     return y, h_n, stats, reported
+
+
+def advance(cell: Cell, state: Tensor, inputs: Tensor, params: list[Tensor], inplace: bool) -> Tensor:
+    """One step: state (B, S, C), inputs (B, G, C) -> the new state in the state's dtype, or `state` itself, overwritten.
+
+    One kernel, which a CUDA graph may capture, where no gradient is wanted.
+    """
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (state, inputs, *params))
+    plain = not (wanted or torch.compiler.is_compiling())
+    if plain and backend_for(cell, inputs.dtype, inputs.device, MultipleShooting()) == "triton":
+        from .triton.runtime import run_decode
+
+        out = state if inplace else torch.empty_like(state)
+        found = trace(cell, compute_dtype(inputs.dtype), inputs.device, (), ())
+        run_decode(cell, found, state, inputs, params, out)
+        return out
+    dtype = compute_dtype(inputs.dtype)
+    with torch.autocast(inputs.device.type, enabled=False):
+        new = advance_in_torch(cell, state.to(dtype), inputs.to(dtype), [p.to(dtype) for p in params])
+    return state.copy_(new) if inplace else new.to(state.dtype)
 
 
 def _looped(

@@ -30,6 +30,11 @@ def unroll_for(slots: int) -> int:
     return 4 if slots <= 2 else 2
 
 
+def stages_for(slots: int) -> int:
+    """Loop trips whose loads are in flight."""
+    return 4 if slots == 1 else 3
+
+
 BURN = 32
 _STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full
 _LAUNCH = 6e-6  # of the second launch and of reading what the first recorded
@@ -44,12 +49,12 @@ def choose(
     full = processors * _ELEMENTS
     wide = batch * channels * 8 >= full and channels >= 128 and slots <= 2
     columns = 128 if wide else max(16, min(64, 1 << (channels - 1).bit_length()))
-    stages = 4 if slots == 1 else 3
+    stages = stages_for(slots)
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     else:
         chunks, reasons = _chunks(batch * channels, time, unroll, full)
-    rows = max(2, 8 * (128 if slots <= 2 else 64) // columns)
+    rows = max(2, min(32, 8 * (128 if slots <= 2 else 64) // columns))
     return Tiling(columns, max(1, columns // 64), unroll, stages, chunks, BURN, rows), tuple(reasons)
 
 
@@ -57,7 +62,7 @@ def _chunks(width: int, time: int, unroll: int, full: int) -> tuple[int, list[st
     """How many chunks: enough to fill the device, few enough that leading into them costs little."""
     if width * 1.5 >= full:
         return 1, [f"one chunk: {width} channels fill the device"]
-    most = max(1, min(round(full / width), time // (2 * BURN)))
+    most = max(1, min(round(full / width), time // (4 * BURN)))
     alone, cut = time * _STEP, (time / most + BURN) * _STEP + _LAUNCH
     if most == 1 or alone <= cut:
         return 1, [f"one chunk: {time} steps take {alone * 1e6:.0f} us, cutting them {cut * 1e6:.0f} us"]

@@ -46,7 +46,7 @@ def lines(graph: Graph) -> list[str]:
 def function(name: str, graph: Graph, inputs: Iterable[str]) -> str:
     """A Triton function of `inputs` that returns the outputs of the graph which are not constants, as a tuple."""
     results = dict.fromkeys(o for o in graph.outputs if isinstance(o, str))
-    body = lines(graph) + [f"return {', '.join(results)}" if results else "return 0.0"]
+    body = [*lines(graph), f"return {', '.join(results)}" if results else "return 0.0"]
     head = f"@triton.jit\ndef {name}({', '.join([*inputs, 'FAST: tl.constexpr'])}):\n"
     return head + "".join(f"    {line}\n" for line in body)
 

@@ -5,39 +5,35 @@ from __future__ import annotations
 import functools
 import hashlib
 import linecache
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cell import Cell
-from ..tiling import Tiling
+from ..tiling import Tiling, stages_for, unroll_for
 from ..trace import Trace
-from .sweep import Source, backward, forward
-
-
-@functools.lru_cache(maxsize=512)
-def source(found: Trace, cell: Cell, tiling: Tiling, all_states: bool, reset: bool, save: bool) -> Source:
-    """What the kernels for this trace, tiling and set of options are made from."""
-    assert found.graph is not None and found.adjoint is not None
-    slots = len(cell.states)
-    outputs = tuple(range(slots)) if all_states else (cell.output,)
-    return Source(
-        found.graph, found.adjoint, slots, len(cell.inputs), len(cell.params), outputs, tiling.unroll, tiling.stages,
-        reset, save and slots > 1,
-    )  # fmt: skip
+from .sweep import Source, backward, decode, forward, source_of
 
 
 @functools.lru_cache(maxsize=512)
 def load(made: Source, direction: str) -> tuple[Any, Any]:
     """The two kernels of a direction. The text lies in linecache, where Triton and tracebacks find it."""
-    text = (forward if direction == "forward" else backward)(made)
-    name = f"<parashoot {direction} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
-    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
-    namespace: dict[str, Any] = {"__name__": f"parashoot_{direction}"}
-    exec(compile(text, name, "exec"), namespace)
+    namespace = _execute((forward if direction == "forward" else backward)(made), direction)
     return namespace[f"{direction}_shoot"], namespace[f"{direction}_correct"]
+
+
+@functools.lru_cache(maxsize=512)
+def _load_decode(made: Source) -> Any:
+    return _execute(decode(made), "decode")["decode"]
+
+
+def _execute(text: str, what: str) -> dict[str, Any]:
+    name = f"<parashoot {what} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+    namespace: dict[str, Any] = {"__name__": f"parashoot_{what}"}
+    exec(compile(text, name, "exec"), namespace)
+    return namespace
 
 
 def run_forward(
@@ -46,10 +42,17 @@ def run_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y (B, T, O, C), h_n, saved states (B, ceil(T / unroll), S, C) fp32 or empty, facts (N, 3): passes, defect, unsolved)."""
     batch, time, _, channels = x.shape
-    made = source(found, cell, tiling, all_states, reset is not None, save)
+    made = source_of(found, cell, tiling.unroll, tiling.stages, all_states, reset is not None, save)
     y = x.new_empty(batch, time, len(made.outputs), channels)
     h_n = torch.empty_like(h0)
-    given = {"x_ptr": x, **_params(params), "h_ptr": h0.contiguous(), "y_ptr": y, "end_ptr": h_n, **_strides(x, "x_b x_t x_g x_c")}
+    given = {
+        "x_ptr": x,
+        **_params(params),
+        "h_ptr": h0.contiguous(),
+        "y_ptr": y,
+        "end_ptr": h_n,
+        **_strides(x, "x_b x_t x_g x_c"),
+    }
     given |= _strides(y, "y_b y_t") | _reset(reset, reverse)
     saved = x.new_empty(0, dtype=torch.float32)
     if made.save:
@@ -67,14 +70,27 @@ def run_backward(
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
     """(dx, dparams, dh0): `states` are y (B, T, 1, C) for a cell of one slot, the saved states for others; dy (B, T, O, C)."""
     batch, time, gates, channels = x.shape
-    made = source(found, cell, tiling, dy.shape[2] > 1, reset is not None, True)
+    made = source_of(found, cell, tiling.unroll, tiling.stages, dy.shape[2] > 1, reset is not None, True)
     dx, dh0 = x.new_empty(batch, time, gates, channels), torch.empty_like(h0)
     unroll = tiling.unroll
     end = time if made.slots == 1 else -(-time // unroll) * unroll  # saved states stand at multiples of unroll
     chunks = tiling.cut(end)[1]
     sums = x.new_empty(batch, chunks, len(params), channels, dtype=torch.float32)
-    given = {"x_ptr": x, **_params(params), "dy_ptr": dy, "dh_ptr": dh_n.contiguous(), "dx_ptr": dx, "dp_ptr": sums, "end_ptr": dh0}
-    given |= _strides(x, "x_b x_t x_g x_c") | _strides(dy, "dy_b dy_t dy_s dy_c") | _strides(dx, "dx_b dx_t") | _reset(reset, reverse)
+    given = {
+        "x_ptr": x,
+        **_params(params),
+        "dy_ptr": dy,
+        "dh_ptr": dh_n.contiguous(),
+        "dx_ptr": dx,
+        "dp_ptr": sums,
+        "end_ptr": dh0,
+    }
+    given |= (
+        _strides(x, "x_b x_t x_g x_c")
+        | _strides(dy, "dy_b dy_t dy_s dy_c")
+        | _strides(dx, "dx_b dx_t")
+        | _reset(reset, reverse)
+    )
     if made.slots == 1:
         given |= {"h_ptr": h0.contiguous(), "y_ptr": states, **_strides(states, "y_b y_t")}
     else:
@@ -83,6 +99,23 @@ def run_backward(
     _launch(load(made, "backward"), made, given, place | {"LO": end - time, "L": end}, x, tiling, tol, 0.0, None)
     summed = sums.sum((0, 1))
     return dx, [g.to(p.dtype) for g, p in zip(summed.unbind(0), params, strict=True)], dh0
+
+
+def run_decode(cell: Cell, found: Trace, state: Tensor, inputs: Tensor, params: list[Tensor], out: Tensor) -> None:
+    """One step of states (B, S, C) on inputs (B, G, C) into `out` (B, S, C), which may be `state`; any strides, no host work."""
+    batch, slots, channels = state.shape
+    made = source_of(found, cell, unroll_for(slots), stages_for(slots), False, False, False)
+    given = {
+        "x_ptr": inputs,
+        **_params(params),
+        "h_ptr": state,
+        "out_ptr": out,
+        "C": channels,
+        "total": batch * channels,
+    }
+    given |= _strides(inputs, "x_b x_g x_c") | _strides(state, "h_b h_s h_c") | _strides(out, "o_b o_s o_c")
+    fast = inputs.dtype == torch.bfloat16 and inputs.is_cuda
+    _load_decode(made)[(-(-batch * channels // 128),)](**given, LANES=128, FAST=fast, num_warps=4)
 
 
 def _launch(
@@ -97,11 +130,18 @@ def _launch(
     facts = new(batch, chunks, tiles, 3)
     starts, ends = new(2, batch, made.slots, chunks, channels).unbind(0) if chunks > 1 else (facts, facts)
     ragged = place["LO"] > 0 or channels % columns != 0
-    common = given | place | {"starts_ptr": starts, "ends_ptr": ends, "facts_ptr": facts, "C": channels, "tol": tol, "BD": columns}
-    common |= {"FAST": x.dtype == torch.bfloat16 and x.is_cuda, "WIDE": x.shape[1] * max(map(abs, x.stride()[1:])) >= 2**31}
+    common = (
+        given
+        | place
+        | {"starts_ptr": starts, "ends_ptr": ends, "facts_ptr": facts, "C": channels, "tol": tol, "BD": columns}
+    )
+    common |= {
+        "FAST": x.dtype == torch.bfloat16 and x.is_cuda,
+        "WIDE": x.shape[1] * max(map(abs, x.stride()[1:])) >= 2**31,
+    }
     shoot, correct = kernels
     shoot[tiles, chunks, batch](
-        **common, CL=each, chunks=chunks, burn=min(tiling.burn, each), furthest=max(4 * each, 8 * tiling.burn), num_warps=tiling.warps,
+        **common, CL=each, chunks=chunks, burn=min(tiling.burn, each), furthest=max(4 * each, 16 * tiling.burn), num_warps=tiling.warps,
         ALONE=chunks == 1, MASKED=ragged or chunks * each != length,
     )  # fmt: skip
     if chunks > 1:
@@ -110,7 +150,7 @@ def _launch(
         used = -(-chunks // ratio)
         correct[tiles, 1, batch](
             **common, CL=each * ratio, chunks=used, parts=chunks, ratio=ratio, floor=floor, most=most or 2**30, NC=rows,
-            MASKED=ragged or used != rows or used * ratio * each != length, num_warps=max(1, min(16, rows * columns // 128)),
+            MASKED=ragged or used != rows or used * ratio * each != length, num_warps=max(1, min(8, rows * columns // (128 if made.slots <= 2 else 64))),
         )  # fmt: skip
     return facts.view(-1, 3)
 

@@ -7,8 +7,8 @@ SHOOT, a program for each chunk and BD channels. `lead`: run into the chunk's st
     zero, with the Jacobian m of that run: where the cell forgets, m says that the start is known; else run from further back.
     `write`: run through the chunk from there, storing results. Starts and ends are recorded.
 CORRECT, a program for each BD channels; its NC rows are longer chunks. Reads all starts and ends; where they agree it ends.
-    Else Newton: run through each row from its start s, storing results, with the Jacobian; compare s with e, the end of the row
-    above; a scan over rows gives the corrections. Starts become e + j delta, exact one row further each time: at most NC passes,
+    Else Newton: run through each row from its start, storing results, with the Jacobian m; compare its end v with the start t of
+    the next row; a scan over rows gives the corrections, t <- v + m delta, exact one row further each time: at most NC passes,
     whatever the Jacobians.
 
 Names: i the carry that enters the sequence, v a running carry. `fill` puts lines in place of {markers}; `$...$` is repeated for
@@ -50,6 +50,7 @@ def {name}_shoot(
     settled = burn >= 0
     if not ALONE:
         run = burn + 0 * part
+        goal = 0.125 * tol  # what is led in is compared with the tolerance itself
         leading = part > 0
         while leading:
             n = run
@@ -61,9 +62,9 @@ def {name}_shoot(
             $s{i} = v{i}$
             $$j{i}{k} = clamped(m{i}{k})$$
             left = tl.max(tl.max(tl.where(live, {weight}, 0.0), 1), 0)
-            settled = left <= tol
-            # where m shrinks, how far back it would be within tolerance, and a quarter more
-            needed = tl.where(left < 0.9, tl.log(tol) / tl.log(tl.minimum(left, 0.9)) * 1.25, 1e6)
+            settled = left <= goal
+            # where m shrinks: how far back it would be within the goal, and a quarter more
+            needed = tl.where(left < 0.9, tl.log(goal) / tl.log(tl.minimum(left, 0.9)) * 1.25, 1e6)
             run = tl.minimum(needed * n, 1e9).to(tl.int32) // {U} * {U} + {U}
             leading = (settled == 0) & (run <= furthest)
     n = CL
@@ -119,8 +120,11 @@ def {name}_correct(
     bad = {apart}
     going = (tl.max(tl.max((bad & inside).to(tl.int32), 1), 0) > 0) | (tl.max(tl.max(unsettled, 1), 0) > 0)
     defect = tl.max(tl.max({largest_r}, 1), 0)
+    # s: the start of a row; t: the start of the next, which the row's end has to meet
+    joined = inside & (chunk + 1 < chunks)
     $s{i} = tl.load(starts_ptr + mark + {i} * parts * C, mask=live, other=0.0)$
     $s{i} = tl.where(first, i{i}, finite(s{i}, 1e30))$
+    $t{i} = finite(tl.load(starts_ptr + mark + ({i} * parts + ratio) * C, mask=joined, other=0.0), 1e30)$
     $v{i} = s{i}$
     {clear}
     ran = going
@@ -133,20 +137,20 @@ def {name}_correct(
         $$m{i}{k} = {unit} + zero$$
         {clear}
         {both}
-        scratch = starts_ptr + mark
-        $e{i} = tl.where(first, i{i}, above(v{i}, scratch, ratio * C, live, first))$
-        $$j{i}{k} = above(clamped(m{i}{k}), scratch, ratio * C, live, first)$$
-        $z{i} = tl.maximum(tl.max(tl.where(live, tl.abs(finite(e{i}, 1e30)), 0.0), 0)[None, :], floor)$
-        $d{i} = tl.where(live, difference(e{i}, s{i}), 0.0)$
+        $z{i} = tl.maximum(tl.max(tl.where(live, tl.abs(finite(v{i}, 1e30)), 0.0), 0)[None, :], floor)$
+        $d{i} = tl.where(joined, difference(v{i}, t{i}), 0.0)$
+        $r{i} = finite(d{i}, 1e30)$
+        # delta of the next row, m delta + d; less d, the correction of this row's end: zero where all before is exact
         {scan}
-        $c{i} = tl.where(first, 0.0, finite(c{i}, 1e30))$
+        $c{i} = finite(o{i} - r{i}, 1e30)$
         bad = {outside}
-        fine = tl.max(tl.max((bad & live).to(tl.int32), 1), 0) == 0
+        fine = tl.max(tl.max((bad & joined).to(tl.int32), 1), 0) == 0
         defect = tl.max(tl.max({largest}, 1), 0)
         unsolved = (fine == 0) & (passes < chunks)
         passes += 1
         going = unsolved & (passes < most)
-        $s{i} = tl.where(first, i{i}, e{i} + c{i})$
+        $t{i} = v{i} + c{i}$
+        $s{i} = tl.where(first, i{i}, above(t{i}, starts_ptr + mark + {i} * parts * C, ratio * C, live, first))$
     final = live & ran & (chunk == chunks - 1)
     {finish}
     head = facts_ptr + (b * parts * tiles + tile) * 3

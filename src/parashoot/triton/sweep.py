@@ -8,10 +8,17 @@ parameter gradients in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from ..cell import Cell
+from ..errors import BackendError, bad_value
 from ..graph import Atom, Graph
+from ..tiling import stages_for, unroll_for
+from ..trace import Trace, trace
 from .emit import atom, call, dot, function
 from .skeleton import CORRECT, LOOP, SHOOT, fill
 
@@ -60,6 +67,30 @@ class Source:
             *[f"x{u}_{g}.to(tl.float32)" for g in range(self.inputs)],
             *[f"p{k}" for k in range(self.params)],
         ]
+
+
+@functools.lru_cache(maxsize=512)
+def source_of(found: Trace, cell: Cell, unroll: int, stages: int, all_states: bool, reset: bool, save: bool) -> Source:
+    """What the kernels for a trace and these options are made from."""
+    assert found.graph is not None and found.adjoint is not None
+    slots = len(cell.states)
+    outputs = tuple(range(slots)) if all_states else (cell.output,)
+    sizes = (slots, len(cell.inputs), len(cell.params))
+    return Source(found.graph, found.adjoint, *sizes, outputs, unroll, stages, reset, save and slots > 1)
+
+
+def text(cell: Cell, direction: str, reset: bool, return_states: bool) -> str:
+    """The source of the kernels of a channelwise cell; `direction` is "forward", "backward" or "decode"."""
+    printers = {"forward": forward, "backward": backward, "decode": decode}
+    if direction not in printers:
+        bad_value("direction", repr(direction), "'forward', 'backward' or 'decode'")
+    if cell.structure != "channelwise":
+        raise BackendError(f"cell '{cell.name}' is {cell.structure}; kernels are generated for channelwise cells.")
+    found = trace(cell, torch.float32, torch.device("cpu"), (), ())
+    if found.foreign:
+        raise BackendError(f"cell '{cell.name}' uses {', '.join(found.foreign)}, which has no kernel expression.")
+    slots = len(cell.states)
+    return printers[direction](source_of(found, cell, unroll_for(slots), stages_for(slots), return_states, reset, True))
 
 
 def forward(s: Source) -> str:
@@ -137,7 +168,7 @@ def backward(s: Source) -> str:
                 out += [f"{names[i]} = saved{i}" for i in slots]
             else:
                 line, values = call("step", s.step, s.given([f"f{u + 1}_{i}" for i in slots], u + 1), "w")
-                out += [line, *[f"{names[i]} = full({atom(values[i])}, zero)" for i in slots]]
+                out += [line, *[f"{names[i]} = {_spread(values[i])}" for i in slots]]
             out += _cut(s, u, names, False)
         return out
 
@@ -155,7 +186,7 @@ def backward(s: Source) -> str:
                 line, values = call("adjoint", s.adjoint, [*given, *carry], "w")
                 out += [line, "at = dx_ptr + b * dx_b + time * dx_t + col"]
                 for g, v in enumerate(values[s.slots :][: s.inputs]):
-                    stored = f"full({atom(v)}, zero).to(dx_ptr.dtype.element_ty)"
+                    stored = f"{_spread(v)}.to(dx_ptr.dtype.element_ty)"
                     out.append(f"tl.store(at + {g} * C, {stored}, {_mask(False)})")
                 for k, v in enumerate(values[s.slots + s.inputs :]):
                     out.append(f"a{k} += tl.where(ok, {atom(v)}, 0.0) if MASKED else {atom(v)}")
@@ -197,6 +228,38 @@ def backward(s: Source) -> str:
     return _module("backward", s, functions, arguments, setup, clear, finish, blank, loads, steps)
 
 
+DECODE = """
+@triton.jit
+def decode(
+    {arguments}, h_ptr, out_ptr, C, total, x_b, x_g, x_c, h_b, h_s, h_c, o_b, o_s, o_c,
+    LANES: tl.constexpr, FAST: tl.constexpr,
+):
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    ok = lane < total
+    b, c = (lane // C).to(tl.int64), lane % C
+    zero = tl.zeros([LANES], tl.float32)
+    {loads}
+    $h{i} = tl.load(h_ptr + b * h_b + {i} * h_s + c * h_c, mask=ok, other=0.0).to(tl.float32)$
+    {step}
+    {stores}
+"""
+
+
+def decode(s: Source) -> str:
+    """The module with `decode`, one step of a batch, as text."""
+    loads = [f"x0_{g} = tl.load(x_ptr + b * x_b + {g} * x_g + c * x_c, mask=ok, other=0.0)" for g in range(s.inputs)]
+    loads += [f"p{k} = tl.load(p{k}_ptr + c, mask=ok, other=0.0).to(tl.float32)" for k in range(s.params)]
+    line, values = call("step", s.step, s.given([f"h{i}" for i in range(s.slots)], 0), "w")
+    at = "out_ptr + b * o_b + c * o_c"
+    stores = [
+        f"tl.store({at} + {i} * o_s, {_spread(v)}.to(out_ptr.dtype.element_ty), mask=ok)" for i, v in enumerate(values)
+    ]
+    blocks = {
+        "arguments": ", ".join(["x_ptr", *_param_pointers(s)]), "loads": loads, "step": [line], "stores": stores
+    }  # fmt: skip
+    return HEADER + function("step", s.step, s.arguments) + "\n" + fill(DECODE, s.slots, blocks)
+
+
 def _module(
     name: str, s: Source, functions: list[str], arguments: list[str], setup: list[str], clear: list[str], finish: list[str],
     blank: list[str], loads: Callable, steps: Callable,
@@ -211,24 +274,25 @@ def _module(
     def largest(terms: list[str]) -> str:
         return terms[0] if len(terms) == 1 else f"tl.maximum({largest(terms[:-1])}, {terms[-1]})"
 
-    entries = [f"j{i}{k}" for i, k in pairs]
-    results = ", ".join([f"m{i}{k}" for i, k in pairs] + [f"o{i}" for i in slots])
-    given = ", ".join(entries + [f"finite(d{i}, 1e30)" for i in slots])
-    scan = [f"{results} = tl.associative_scan(({given}), 0, compose)"]
-    scan += [f"o{i} = above(o{i}, starts_ptr + mark + {i} * parts * C, ratio * C, live, first)" for i in slots]
-    scan += [f"c{i} = {dot((f'j{i}{k}', f'o{k}') for k in slots)}" for i in slots]
+    results = ", ".join([f"n{i}{k}" for i, k in pairs] + [f"o{i}" for i in slots])
+    given = ", ".join([f"clamped(m{i}{k})" for i, k in pairs] + [f"r{i}" for i in slots])
     blocks = {
         "name": name, "arguments": ", ".join(arguments), "S": s.slots, "U": s.unroll, "setup": setup, "clear": clear,
-        "scan": scan, 
+        "scan": [f"{results} = tl.associative_scan(({given}), 0, compose)"],
         "weight": largest([" + ".join(f"tl.abs(j{i}{k})" for k in slots) for i in slots]),
         "largest": largest([f"tl.abs(d{i})" for i in slots]), "largest_r": largest([f"r{i}" for i in slots]),
         "outside": " | ".join(f"~(tl.abs({v}{i}) <= tol * z{i})" for i in slots for v in "dc"),
         "apart": " | ".join(f"~(r{i} <= tol * z{i})" for i in slots),
     }  # fmt: skip
-    lead, write, both = loop(True, False, s.stages), loop(False, True, s.stages), loop(True, True, 1)
+    lead, write, both = loop(True, False, s.stages), loop(False, True, s.stages), loop(True, True, 2)
     shoot = fill(SHOOT, s.slots, blocks | {"finish": finish, "lead": lead, "write": write})
     correct = fill(CORRECT, s.slots, blocks | {"finish": finish + blank, "both": both})
     return HEADER + "\n".join([*functions, _compose(s.slots), shoot, correct])
+
+
+def _spread(v: Atom) -> str:
+    """A value over the whole tile: names may stand for one row or one number."""
+    return f"full({v}, zero)" if isinstance(v, str) else f"(zero + {atom(v)})"
 
 
 def _mask(lead: bool) -> str:
@@ -254,9 +318,7 @@ def _load_params(s: Source) -> list[str]:
 
 def _load_entering(pointer: str, slots: int) -> list[str]:
     at = f"{pointer} + b * {slots} * C + col"
-    return [
-        f"i{i} = full(tl.load({at} + {i} * C, mask=inside, other=0.0).to(tl.float32), zero)" for i in range(slots)
-    ]
+    return [f"i{i} = full(tl.load({at} + {i} * C, mask=inside, other=0.0).to(tl.float32), zero)" for i in range(slots)]
 
 
 def _store_end(slots: int) -> list[str]:
@@ -288,9 +350,9 @@ def _compose_step(a: list[list[Atom]]) -> list[str]:
     return new + [f"m{i}{k} = tl.where(ok, n{i}{k}, m{i}{k})" for i in slots for k in slots]
 
 
-def _carry_on(values: list[Atom], lead: bool) -> list[str]:
+def _carry_on(values: Sequence[Atom], lead: bool) -> list[str]:
     """The new carries, all at once; positions that do not exist leave them as they are."""
-    out = [f"k{i} = full({atom(v)}, zero)" for i, v in enumerate(values)]
+    out = [f"k{i} = {_spread(v)}" for i, v in enumerate(values)]
     kept = "tl.where(ok, k{0}, v{0})" if lead else "tl.where(ok, k{0}, v{0}) if MASKED else k{0}"
     return out + [f"v{i} = {kept.format(i)}" for i in range(len(values))]
 

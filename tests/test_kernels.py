@@ -1,0 +1,247 @@
+"""Generated kernels against the fp64 loop: in Triton's interpreter without a GPU, compiled with one."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import parashoot as ps
+from oracle import SHIPPED, by_loop, gradients, loop, loop_reversed, random_problem, random_resets, relative
+from parashoot import plan
+from parashoot.tiling import Tiling
+from test_fuzz import Source
+
+pytest.importorskip("triton")
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+KERNEL = ps.MultipleShooting(backend="triton")
+CHANNELWISE = {name: cell for name, cell in SHIPPED.items() if cell.structure == "channelwise"}
+# One chunk; several, led in from far enough; several and corrected; a length that nothing divides, channels that fill no tile.
+ALONE, LED, CORRECTED = Tiling(8, 1, 2, 2, 1), Tiling(8, 1, 4, 3, 3, 12), Tiling(8, 1, 2, 2, 5, 2, 4)
+
+
+@pytest.fixture
+def tiling(monkeypatch):
+    """A function that makes every plan use one tiling."""
+
+    def use(chosen: Tiling) -> None:
+        monkeypatch.setattr(plan, "choose", lambda *_: (chosen, ("chosen by a test",)))
+        plan.make_plan.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    plan.make_plan.cache_clear()
+
+
+def moved(*values: Any) -> list[Any]:
+    return [[p.to(DEVICE) for p in v] if isinstance(v, list) else v.to(DEVICE) for v in values]
+
+
+def fp32_problem(cell, batch, time, channels, sigma):
+    x, params, h0 = random_problem(cell, batch, time, channels, sigma)
+    return x.float(), [p.float() for p in params], h0.float()
+
+
+def compare(cell, x, params, h0, reset=None, reverse=False, all_states=False, bounds=(1e-5, 1e-4)):
+    """Outputs, final states and gradients by everything against autograd through the fp64 loop; returns the scan's info."""
+    run_loop = loop_reversed if reverse else loop
+
+    def oracle(x, params, h0):
+        states = run_loop(cell, x, params, h0, reset)
+        return states if all_states else states[:, :, cell.output], states[:, 0 if reverse else -1]
+
+    cut = None if reset is None else reset.to(DEVICE)
+    options: dict[str, Any] = {"reset": cut, "reverse": reverse, "return_states": all_states, "solver": KERNEL}
+    scan = lambda x, p, h: ps.scan(cell, x, tuple(p) or None, h, **options)
+    wide = [x.double(), [p.double() for p in params], h0.double()]
+    want_y, want_h = oracle(*wide)
+    gx, gp, gh = moved(x, params, h0)
+    y, h_n, info = ps.scan(cell, gx, tuple(gp) or None, gh, return_info=True, **options)
+    assert info.backend == "triton"
+    assert float((y.cpu() - want_y).abs().max()) <= bounds[0]
+    assert float((h_n.cpu() - want_h).abs().max()) <= bounds[0]
+    generator = torch.Generator().manual_seed(3)
+    dy, dh = torch.randn(want_y.shape, generator=generator), torch.randn(h0.shape, generator=generator)
+    want = gradients(oracle, *wide, dy.double(), dh.double())
+    got = gradients(scan, gx, gp, gh, *moved(dy, dh))
+    errors = [relative(g.cpu(), w) for g, w in zip(got, want, strict=True)]
+    assert max(errors) <= bounds[1], errors
+    return info
+
+
+@pytest.mark.parametrize("chosen", [ALONE, LED, CORRECTED], ids=["alone", "led in", "corrected"])
+@pytest.mark.parametrize("name", CHANNELWISE)
+def test_agrees_with_the_loop(name, chosen, tiling):
+    tiling(chosen)
+    cell = CHANNELWISE[name]
+    compare(cell, *fp32_problem(cell, 1, 21, 5, 0.5))
+
+
+@pytest.mark.parametrize("all_states", [False, True], ids=["output", "all states"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_resets_reverse_and_all_states(name, reverse, all_states, tiling):
+    tiling(CORRECTED)
+    cell = CHANNELWISE[name]
+    x, params, h0 = fp32_problem(cell, 2, 23, 3, 1.0)
+    reset = random_resets(2, 23, share=0.15)
+    reset[0, 0] = True
+    compare(cell, x, params, h0, reset, reverse, all_states)
+
+
+def slow_gru(time, channels=4):
+    """A GRU that remembers for hundreds of steps: no lead is long enough."""
+    cell = ps.cells.gru
+    x, params, h0 = fp32_problem(cell, 1, time, channels, 0.3)
+    x[:, :, 0] -= 6.0
+    return cell, x, params, h0
+
+
+def test_corrections_are_made_where_the_cell_remembers(tiling):
+    tiling(Tiling(8, 1, 2, 2, 20, 2, 4))
+    info = compare(*slow_gru(160))
+    assert 2 <= info.iterations <= 1 + 4
+
+
+def test_a_missed_limit_is_an_error(tiling):
+    tiling(Tiling(8, 1, 2, 2, 20, 2, 4))
+    cell, x, params, h0 = slow_gru(160)
+    x, params, h0 = moved(x, params, h0)
+    with pytest.raises(ps.ConvergenceError):
+        ps.scan(cell, x, tuple(params), h0, solver=ps.MultipleShooting(backend="triton", max_iters=1))
+
+
+@ps.cell
+def logistic(h: ps.State, x: ps.Input):
+    return 3.9 * h * (1.0 - h) + 0.0 * x
+
+
+def test_a_chaotic_cell_ends_with_a_trajectory(tiling):
+    """Every step of the answer is the cell's own, at chunk boundaries too, after at most one pass a row."""
+    tiling(Tiling(8, 1, 2, 2, 24, 2, 8))
+    x, h0 = moved(torch.zeros(1, 192, 1, 3), torch.tensor([[[0.2, 0.4, 0.7]]]))
+    y, _, info = ps.scan(logistic, x, None, h0, solver=KERNEL, return_info=True)
+    before = torch.cat([h0, y[:, :-1]], 1).double()
+    assert float((3.9 * before * (1 - before) - y.double()).abs().max()) <= 5e-6
+    assert info.iterations <= 1 + 8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_channel_until_a_reset(value, tiling):
+    tiling(CORRECTED)
+    cell = ps.cells.gru
+    x, params, h0 = fp32_problem(cell, 1, 24, 4, 0.5)
+    x[0, 7, 2, 1] = value
+    reset = torch.zeros(1, 24, dtype=torch.bool)
+    reset[0, 17] = True
+    want = by_loop(cell, reset)(x.double(), [p.double() for p in params], h0.double())[0]
+    gx, gp, gh = moved(x, params, h0)
+    y = ps.scan(cell, gx, tuple(gp), gh, reset=reset.to(DEVICE), solver=KERNEL)[0].cpu().double()
+    torch.testing.assert_close(y, want, atol=1e-5, rtol=0.0, equal_nan=True)
+    assert bool(y[0, 17:].isfinite().all()) and bool(y[:, :, [0, 2, 3]].isfinite().all())
+
+
+BF16 = 2**-8 if ON_GPU else 2**-7  # the interpreter cuts fp32 off where hardware rounds it to bf16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slope", "floor"), [(torch.float16, 2**-10, 1e-4), (torch.bfloat16, BF16, 5e-4)], ids=["fp16", "bf16"]
+)
+@pytest.mark.parametrize("name", ["gru", "lstm", "slstm"])
+def test_short_storage_types(name, dtype, slope, floor, tiling):
+    tiling(LED)
+    cell = CHANNELWISE[name]
+    x, params, h0 = fp32_problem(cell, 1, 24, 4, 0.3)
+    x = x.to(dtype)
+    oracle = by_loop(cell)
+    want = oracle(x.double(), [p.double() for p in params], h0.double())[0]
+    gx, gp, gh = moved(x, params, h0)
+    run = lambda x, p, h: ps.scan(cell, x, tuple(p), h, solver=KERNEL)
+    y = run(gx, gp, gh)[0]
+    assert y.dtype == dtype
+    assert bool(((y.cpu().double() - want).abs() <= slope * want.abs() + floor).all())
+    dy = torch.randn(y.shape).to(dtype)
+    found = gradients(run, gx, gp, gh, dy.to(DEVICE), None)
+    wanted = gradients(oracle, x.double(), [p.double() for p in params], h0.double(), dy.double(), None)
+    assert [g.dtype for g in found] == [dtype, *[torch.float32] * (len(params) + 1)]
+    assert max(relative(g.cpu(), w) for g, w in zip(found, wanted, strict=True)) <= 2e-2
+
+
+def test_strided_and_expanded_tensors_are_read_in_place(tiling):
+    tiling(LED)
+    cell = ps.cells.gru
+    x, params, h0 = fp32_problem(cell, 2, 20, 6, 0.5)
+    gx, gp, gh = moved(x, params, h0)
+    want = ps.scan(cell, gx, tuple(gp), gh, solver=KERNEL)[0]
+    for view in (gx.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), torch.stack([gx, gx], -1)[..., 0]):
+        assert torch.equal(ps.scan(cell, view, tuple(gp), gh, solver=KERNEL)[0], want)
+    gx.requires_grad_()
+    y = ps.scan(cell, gx, tuple(gp), gh, solver=KERNEL)[0]
+    expanded = torch.autograd.grad(y.sum(), gx, retain_graph=True)[0]
+    assert torch.equal(expanded, torch.autograd.grad(y, gx, torch.ones_like(y))[0])
+
+
+@pytest.mark.parametrize("seed", range(40) if ON_GPU else range(0, 40, 8))
+def test_fuzzed_cells(seed, tiling):
+    tiling(Tiling(8, 1, 2, 2, 3, 4, 2))
+    source = Source(seed)
+    cell = source.cell(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    x, h0 = draw(1, 12, source.inputs, 3), draw(1, source.slots, 3)
+    compare(cell, x, [draw(3) for _ in range(source.params)], h0, bounds=(2e-5, 2e-4))
+
+
+@pytest.mark.parametrize("name", CHANNELWISE)
+def test_decoding_is_the_step(name):
+    from parashoot.trace import trace
+    from parashoot.triton.runtime import run_decode
+
+    cell = CHANNELWISE[name]
+    x, params, h0 = fp32_problem(cell, 3, 1, 5, 0.5)
+    want = by_loop(cell)(x.double(), [p.double() for p in params], h0.double())[1]
+    gx, gp, gh = moved(x, params, h0)
+    found = trace(cell, torch.float32, torch.device(DEVICE), (), ())
+    run_decode(cell, found, gh, gx[:, 0], gp, gh)
+    assert float((gh.cpu() - want).abs().max()) <= 1e-6
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs CUDA graphs")
+def test_a_decoding_step_is_captured_in_a_graph():
+    layer = ps.ParaGRU(8, 16, 2, device="cuda")
+    xs = torch.randn(2, 5, 8, device="cuda")
+    with torch.no_grad():
+        want = layer(xs)[0]
+        x_t, h = xs[:, 0].clone(), torch.zeros(2, 2, 1, 16, device="cuda")
+        layer.step(x_t, h.clone(), inplace=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y_t, _ = layer.step(x_t, h, inplace=True)
+        for t in range(5):
+            x_t.copy_(xs[:, t])
+            graph.replay()
+            assert float((y_t - want[:, t]).abs().max()) <= 1e-5
+
+
+@ps.cell
+def two_states_of_everything(h: ps.State, c: ps.State, x: ps.Input):
+    return torch.tanh(torch.sinh(x) + h), 0.5 * c
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "options", "reason"),
+    [
+        (ps.cells.elman, torch.float32, {}, "channelwise"),
+        (ps.cells.gru, torch.float64, {}, "fp64"),
+        (ps.cells.gru, torch.float32, {"chunk_length": 1}, "at least 16"),
+        (ps.cells.gru, torch.float32, {"jacobian": "zero"}, "exact Jacobians"),
+        (two_states_of_everything, torch.float32, {}, "sinh"),
+    ],
+    ids=["structure", "dtype", "chunk", "jacobian", "operation"],
+)
+def test_a_kernel_that_cannot_run_says_why(cell, dtype, options, reason):
+    x, params, h0 = moved(*random_problem(cell, 1, 20, 4, dtype=dtype))
+    with pytest.raises(ps.BackendError, match=reason):
+        ps.scan(cell, x, tuple(params) or None, h0, solver=ps.MultipleShooting(backend="triton", **options))
+    asked = ps.MultipleShooting(**options)
+    assert ps.scan(cell, x, tuple(params) or None, h0, solver=asked, return_info=True)[2].backend == "torch"
