@@ -30,7 +30,9 @@ PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tiling: Tiling, reset: bool = False) -> dict:
     """Registers, spilled bytes, shared memory and compile seconds of one kernel; dtype is "bf16", "fp16" or "fp32"."""
     found = trace(cell, torch.float32, torch.device("cpu"), (4,), ((4,),) * len(cell.params))
-    kernel = load(source_of(found, cell, tiling.unroll, tiling.stages, False, reset, True), direction)[launch == "correct"]
+    kernel = load(source_of(found, cell, tiling.unroll, tiling.stages, False, reset, True), direction)[
+        launch == "correct"
+    ]
     constants = {
         "BD": tiling.columns,
         "NC": tiling.rows,

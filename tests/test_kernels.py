@@ -54,7 +54,7 @@ def compare(cell, x, params, h0, reset=None, reverse=False, all_states=False, bo
     cut = None if reset is None else reset.to(DEVICE)
     options: dict[str, Any] = {"reset": cut, "reverse": reverse, "return_states": all_states, "solver": KERNEL}
     scan = lambda x, p, h: ps.scan(cell, x, tuple(p) or None, h, **options)
-    wide = [x.double(), [p.double() for p in params], h0.double()]
+    wide = x.double(), [p.double() for p in params], h0.double()
     want_y, want_h = oracle(*wide)
     gx, gp, gh = moved(x, params, h0)
     y, h_n, info = ps.scan(cell, gx, tuple(gp) or None, gh, return_info=True, **options)

@@ -207,8 +207,8 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     """Time cells forward and backward, each row with its error against the fp64 loop. Ctrl-C keeps what was measured."""
-    from .bench.command import run
-    from .bench.render import render
+    from .bench.results import render
+    from .bench.run import run
 
     if options.render:
         return render(Path(options.render), Path(options.readme))

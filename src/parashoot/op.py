@@ -41,12 +41,11 @@ def _decode(length: int, tol: float, max_iters: int, jacobian: str, backend: str
 
 def _forward(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool, save: bool,
-    solver: Solver,
+    plan: Plan, found: Trace,
 ) -> tuple[Tensor, Tensor, Tensor, list[float], Tensor | None]:  # fmt: skip
     """(y, h_n, saved, stats, facts): y (B, T, C) or with `all_states` (B, T, S, C); `saved` what backward needs if `save` and y is
     not enough; stats: iterations max, mean, defect, digest number, chunk length, 1 for kernels; facts (N, 3), what kernels report:
     iterations, defect and whether a limit was missed, left on the device."""
-    plan, found = plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)
     if plan.tiling is not None:
         return _forward_by_kernels(x, params, h0, reset, cell, reverse, all_states, save, plan, found)
     with torch.autocast(x.device.type, enabled=False):
@@ -88,7 +87,9 @@ def scan_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`_forward` as an operator: the cell by its key, the solver as plain arguments, stats as a tensor."""
     solver = _decode(length, tol, max_iters, jacobian, backend)
-    y, h_n, saved, stats, facts = _forward(x, params, h0, reset, get_cell(cell), reverse, all_states, save, solver)
+    made = get_cell(cell)
+    plan, found = plan_for(made, x, as_seen(made, params, compute_dtype(x.dtype)), solver)
+    y, h_n, saved, stats, facts = _forward(x, params, h0, reset, made, reverse, all_states, save, plan, found)
     facts = x.new_zeros((1, 3), dtype=torch.float32) if facts is None else facts
     return y, h_n, saved, torch.tensor(stats, dtype=torch.float64), facts
 
@@ -239,8 +240,9 @@ class _Direct(torch.autograd.Function):
     """The same two functions without the operator, whose dispatch costs more than a short sequence takes."""
 
     @staticmethod
-    def forward(ctx, facts: list, cell, reverse, all_states, save, solver, x, h0, reset, *params):  # type: ignore[override]
-        y, h_n, saved, stats, reported = _forward(x, list(params), h0, reset, cell, reverse, all_states, save, solver)
+    def forward(ctx, facts: list, cell, reverse, all_states, save, solver, planned, x, h0, reset, *params):  # type: ignore[override]
+        options = (reset, cell, reverse, all_states, save, *planned)
+        y, h_n, saved, stats, reported = _forward(x, list(params), h0, *options)
         facts.extend([*stats, reported])
         if save:
             ctx.set_materialize_grads(False)
@@ -255,7 +257,7 @@ class _Direct(torch.autograd.Function):
         x, h0, reset, states, *params = ctx.saved_tensors
         number, cell, reverse, solver = ctx.options
         if dy is None and dh_n is None:
-            return (None,) * (9 + len(params))
+            return (None,) * (10 + len(params))
         if (
             torch.is_grad_enabled()
         ):  # create_graph: through the operator, which refuses a second derivative when asked for it
@@ -264,7 +266,7 @@ class _Direct(torch.autograd.Function):
             d_x, d_params, d_h0 = scan_backward_op(dy, dh_n, x, params, h0, reset, states, stats, *options)
         else:
             d_x, d_params, d_h0 = _gradients(dy, dh_n, x, params, h0, reset, states, *ctx.options)
-        return *[None] * 6, d_x, d_h0, None, *d_params
+        return *[None] * 7, d_x, d_h0, None, *d_params
 
 
 def run(
@@ -281,7 +283,7 @@ def run(
         stats = [1.0, 1.0, 0.0, found.number, float(plan.chunk_length), 0.0]
         return *_looped(x, params, h0, reset, cell, reverse, all_states), stats, None
     facts = []
-    y, h_n = _Direct.apply(facts, cell, reverse, all_states, save, solver, x, h0, reset, *params)  # type: ignore[misc]
+    y, h_n = _Direct.apply(facts, cell, reverse, all_states, save, solver, (plan, found), x, h0, reset, *params)  # type: ignore[misc]
     *stats, reported = facts
     return y, h_n, stats, reported
 

@@ -1,6 +1,5 @@
-"""Benchmarks with an agreement error in every row: `parashoot bench`.
+"""`parashoot bench`: times with an error against the fp64 for-loop in every row.
 
-case.py (what is run), contest.py (who runs it and by what truth it is judged), ours.py and peers.py (the contestants),
-agreement.py, timing.py, measure.py (the numbers), suites.py (which cases), rows.py (results file and table), render.py and plot.py
-(a README block and plots), command.py (all of it in order).
+cases.py (what is run, in suites), contest.py (who runs it, judged by what), ours.py and peers.py (the contestants), timing.py,
+run.py (suites -> results file), results.py (results file -> tables and plots).
 """

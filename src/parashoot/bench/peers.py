@@ -1,7 +1,11 @@
-"""Other people's contestants: cuDNN, and packages from PyPI, each left out by name where it is not installed."""
+"""Other people's contestants: cuDNN, and packages from PyPI, each left out by name where it is not installed.
+
+Where the recurrence is not the case's cell, it is written here as a plain loop, the truth that the contestant is judged by.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Sequence
@@ -10,211 +14,155 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..solve.sequential import loop
-from . import recurrences
-from .case import Case, problem
-from .contest import Contestant, Entry, Skip, Truth
-from .ours import PART
+from ..errors import BackendError
+from .cases import Case, problem
+from .contest import CHANNELS, SEQUENCES, STEPS, Contestant, Entry, Truth
+from .ours import on_the_cell
 
-PROJECTED = 64  # width of the input that pararnn-torch's layer projects to gates: narrow, so that little is subtracted
 HEAD = 128  # width of the gated delta rule's heads
 SMALL_HEAD = 32  # width of FlashRNN's dense heads
+PARARNN = {"gru": ("ParaGRU", "a_z a_r a_n"), "lstm": ("ParaLSTM", "a_f a_z a_o c_f c_o")}  # class, recurrent weights
 
-Enter = Callable[[Case, torch.device], Entry]
 
-
-def cudnn(kind: str) -> Enter:
+def cudnn(kind: str, case: Case, device: torch.device) -> Entry:
     """`torch.nn.GRU` or `LSTM` with C inputs: a dense recurrence, its input projection included in the time."""
-
-    def enter(case: Case, device: torch.device) -> Entry:
-        if device.type != "cuda":
-            raise Skip("cuDNN needs a GPU")
-        layer = getattr(nn, kind)(case.channels, case.channels, batch_first=True, device=device, dtype=case.storage)
-        x, weights = _draw(case, device)((case.batch, case.time, case.channels)), tuple(layer.parameters())
-        recurrence = recurrences.dense_gru if kind == "GRU" else recurrences.dense_lstm
-
-        def truth(steps: int) -> Truth:
-            part = lambda v: v[: PART[0], :steps]
-            leaves = [part(x).detach(), *(w.detach() for w in weights)]
-            return Truth(leaves, recurrence, part, lambda grads: [part(grads[0]), *grads[1:]])
-
-        return Entry((x,), weights, lambda x: layer(x)[0], truth, case.batch * case.channels * x.itemsize)
-
-    return enter
+    if device.type != "cuda":
+        raise BackendError("needs a GPU")
+    layer = getattr(nn, kind)(case.channels, case.channels, batch_first=True, device=device, dtype=case.storage)
+    x, weights = _draw(case, device)(case.batch, case.time, case.channels), tuple(layer.parameters())
+    part = lambda v: v[:SEQUENCES, :STEPS]
+    pick = lambda tensors: [part(tensors[0]), *tensors[1:]]
+    truth = Truth(lambda x, *weights: dense(kind, x, weights), (x, *weights), part, pick)
+    return Entry((x,), weights, lambda x: layer(x)[0], truth)
 
 
-def pararnn(checked: bool) -> Enter:
-    """pararnn-torch's cell on the case's gates and weights, as its layer runs it or without the layer's check of the residual."""
-    names = {"gru": ("ParaGRU", "a_z a_r a_n"), "lstm": ("ParaLSTM", "a_f a_z a_o c_f c_o")}
+def dense(kind: str, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`torch.nn.GRU` or `LSTM` on x (B, T, D) as PyTorch's own loop over the steps, without cuDNN."""
+    h = x.new_zeros(1, x.shape[0], weights[1].shape[1])
+    layer, state = (torch.gru, h) if kind == "GRU" else (torch.lstm, (h, h))
+    with torch.backends.cudnn.flags(enabled=False):
+        return layer(x, state, list(weights), True, 1, 0.0, True, False, True)[0]  # with biases, one layer, batch first
 
-    def enter(case: Case, device: torch.device) -> Entry:
-        package = _package("pararnn", "pararnn-torch")
-        logging.getLogger("pararnn").addHandler(logging.NullHandler())  # it reports every large residual
-        kind, recurrent = names[case.cell]
-        cell = getattr(package, kind)(
-            PROJECTED, case.channels, max_recurrent_norm=None, device=device, dtype=case.storage
-        )
-        weights = [getattr(cell, name) for name in recurrent.split()]
-        draw = _draw(case, device)
-        with torch.no_grad():
-            for mine, given in zip(weights, problem(case, device)[1], strict=True):
-                mine.copy_(given)
-            cell.W_x.weight.copy_(draw(cell.W_x.weight.shape) * PROJECTED**-0.5)
-        x = draw((case.batch, case.time, PROJECTED))
-        layer, slot = package.ParaRNN(cell).train(), getattr(cell, "hidden_slot", None)
-        config = package.NewtonConfig(residual_fail=None)
 
-        def run(x: Tensor) -> Tensor:
-            if checked:
-                return layer(x)
-            y = package.newton_apply(cell, x, config)
-            return y if slot is None else y[:, :, slot]
+def pararnn(checked: bool, case: Case, device: torch.device) -> Entry:
+    """pararnn-torch's cell, Newton with 3 iterations, on the case's gates and weights: as its layer runs it, which checks the
+    residual, or without that check. The layer's input projection is replaced by the identity, forward and backward."""
+    package = _package("pararnn", "pararnn-torch")
+    logging.getLogger("pararnn").addHandler(logging.NullHandler())  # it reports every large residual
+    importlib.import_module("pararnn.solvers.vjp")._linear_vjp = lambda layer, x, grad: (grad, None, None)
+    (kind, recurrent), width = PARARNN[case.cell], len(case.step.inputs) * case.channels
+    cell = getattr(package, kind)(width, case.channels, max_recurrent_norm=None, device=device, dtype=case.storage)
+    cell.W_x = nn.Identity()
+    weights = [getattr(cell, name) for name in recurrent.split()]
+    with torch.no_grad():
+        for mine, given in zip(weights, problem(case, device)[1], strict=True):
+            mine.copy_(given)
+    layer, slot = package.ParaRNN(cell).train(), getattr(cell, "hidden_slot", None)
+    config = package.NewtonConfig(residual_fail=None)
 
-        def truth(steps: int) -> Truth:
-            with torch.no_grad():
-                gates = cell.W_x(x).unflatten(-1, (-1, case.channels))
-            part = lambda v: v[: PART[0], :steps, ..., : PART[1]]
-            cut = lambda ws: [w[: PART[1]] for w in ws]
-            leaves = [v.detach().cpu() for v in (part(gates), *cut(weights))]
-            return Truth(
-                leaves,
-                lambda x, *params: loop(case.step, x, params)[0],
-                part,
-                lambda grads: [None, *cut(grads[1 : 1 + len(weights)])],
-            )
+    def unchecked(x: Tensor) -> Tensor:
+        y = package.newton_apply(cell, x, config)
+        return y if slot is None else y[:, :, slot]
 
-        gates = case.batch * case.time * len(case.step.inputs) * case.channels * x.itemsize
-        projection = (cell.W_x.weight, cell.W_x.bias)
-        return Entry(
-            (x,), (*weights, *projection), run, truth, case.batch * case.channels * len(case.step.states) * x.itemsize, gates,
-            extra=Entry((x,), projection, cell.W_x, truth),
-        )  # fmt: skip
-
-    return enter
+    run = layer if checked else unchecked
+    return on_the_cell(case, device, lambda x: run(x.flatten(2)), weights=tuple(weights))
 
 
 def hgrn(case: Case, device: torch.device) -> Entry:
     """fla-core's `chunk_hgrn(x, g)`: h = e^g h + x, elementwise."""
-    run = _package("fla.ops.hgrn", "fla-core", device).chunk_hgrn
+    run = _package("fla.ops.hgrn", "fla-core").chunk_hgrn
     draw, shape = _draw(case, device), (case.batch, case.time, case.channels)
-    x, g = draw(shape), draw(shape, nn.functional.logsigmoid)
-    part = lambda steps: lambda v: v[: PART[0], :steps, : PART[1]]
-    return _parallel((x, g), lambda x, g: run(x, g)[0], lambda x, g: recurrences.linear(g.exp(), x, 1), part, (0, 1))
+    inputs = draw(*shape), nn.functional.logsigmoid(draw(*shape))
+    part = lambda v: v[:SEQUENCES, :STEPS, :CHANNELS]
+    return _weightless(inputs, lambda x, g: run(x, g)[0], lambda x, g: linear(g.exp(), x), part)
 
 
 def accelerated(case: Case, device: torch.device) -> Entry:
     """accelerated-scan's Triton kernel `scan(forget, inputs)`: h = forget h + inputs, in its own layout (B, C, T)."""
-    run = _package("accelerated_scan.scalar", "accelerated-scan", device).scan
+    run = _package("accelerated_scan.scalar", "accelerated-scan").scan
     draw, shape = _draw(case, device), (case.batch, case.channels, case.time)
-    inputs = draw(shape, torch.sigmoid), draw(shape)
-    part = lambda steps: lambda v: v[: PART[0], : PART[1], :steps]
-    return _parallel(inputs, run, lambda decay, x: recurrences.linear(decay, x, 2), part, (0, 1))
+    part = lambda v: v[:SEQUENCES, :CHANNELS, :STEPS]
+    inputs = draw(*shape).sigmoid(), draw(*shape)
+    return _weightless(inputs, run, lambda decay, x: linear(decay.mT, x.mT).mT, part)
+
+
+def linear(decay: Tensor, x: Tensor) -> Tensor:
+    """h_t = decay_t h_{t-1} + x_t, elementwise, on (B, T, C)."""
+    h, ys = torch.zeros_like(x[:, 0]), []
+    for d, v in zip(decay.unbind(1), x.unbind(1), strict=True):
+        h = d * h + v
+        ys.append(h)
+    return torch.stack(ys, 1)
 
 
 def gated_delta(case: Case, device: torch.device) -> Entry:
     """fla-core's `chunk_gated_delta_rule`: a linear recurrence of a matrix state a head, C values in heads of `HEAD`."""
-    run = _package("fla.ops.gated_delta_rule", "fla-core", device).chunk_gated_delta_rule
-    if case.channels % HEAD:
-        raise Skip(f"C = {case.channels} is no multiple of its head width, {HEAD}")
-    draw, shape = _draw(case, device), (case.batch, case.time, case.channels // HEAD, HEAD)
-    unit = lambda v: nn.functional.normalize(v.float(), dim=-1).to(v.dtype)
-    inputs = (
-        *(draw(shape, unit) for _ in range(2)),
-        draw(shape),
-        draw(shape[:3], lambda v: nn.functional.logsigmoid(v.float())),
-        draw(shape[:3], torch.sigmoid),
-    )
-    part = lambda steps: lambda v: v[: PART[0], :steps, :1]
-    return _parallel(inputs, lambda *a: run(*a)[0], recurrences.gated_delta, part, range(5))
+    run = _package("fla.ops.gated_delta_rule", "fla-core").chunk_gated_delta_rule
+    draw, shape = _draw(case, device), (case.batch, case.time, case.channels // HEAD)
+    q, k = (nn.functional.normalize(draw(*shape, HEAD), dim=-1) for _ in range(2))
+    v, g, beta = draw(*shape, HEAD), nn.functional.logsigmoid(draw(*shape).float()), draw(*shape).sigmoid()
+    part = lambda v: v[:SEQUENCES, :STEPS, :1]
+    return _weightless((q, k, v, g, beta), lambda *inputs: run(*inputs)[0], delta_rule, part)
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """The gated delta rule: q, k (B, T, H, K), v (B, T, H, V), g, beta (B, T, H) -> (B, T, H, V). Yang et al. 2024.
+
+    S = e^g S + beta k (v - (e^g S)^T k)^T,  y = S^T q / sqrt(K)
+    """
+    state, ys = q.new_zeros(*q[:, 0].shape, v.shape[-1]), []
+    for q_t, k_t, v_t, g_t, beta_t in zip(*(a.unbind(1) for a in (q, k, v, g, beta)), strict=True):
+        state = state * g_t.exp()[..., None, None]
+        seen = torch.einsum("bhkv,bhk->bhv", state, k_t)
+        state = state + torch.einsum("bhk,bhv->bhkv", k_t, beta_t[..., None] * (v_t - seen))
+        ys.append(torch.einsum("bhkv,bhk->bhv", state, q_t))
+    return torch.stack(ys, 1) * q.shape[-1] ** -0.5
 
 
 def flashrnn(case: Case, device: torch.device) -> Entry:
     """FlashRNN's LSTM by its Triton kernels (its CUDA ones are compiled at first use): dense heads of `SMALL_HEAD`, sequential."""
-    run = _package("flashrnn", "flashrnn", device).flashrnn
-    if case.channels % SMALL_HEAD:
-        raise Skip(f"C = {case.channels} is no multiple of its head width, {SMALL_HEAD}")
+    run = _package("flashrnn", "flashrnn").flashrnn
     draw, heads = _draw(case, device), (case.channels // SMALL_HEAD, SMALL_HEAD)
-    x = draw((case.batch, case.time, 4, *heads))
-    w = draw((4, *heads, SMALL_HEAD), lambda v: v * case.sigma * SMALL_HEAD**-0.5)
-    b = draw((4, *heads), torch.zeros_like)
-
-    def forward(x: Tensor) -> Tensor:
-        return run(x, w, b, function="lstm", backend="triton_fused", dtype=case.dtype)[0][0]
-
-    def truth(steps: int) -> Truth:
-        cut = lambda x, w, b: [x[: PART[0], :steps, :, :1], w[:, :1], b[:, :1]]
-        leaves = [v.detach().cpu() for v in cut(x, w, b)]
-        return Truth(leaves, recurrences.head_lstm, lambda y: y[: PART[0], :steps, :1], lambda grads: cut(*grads))
-
-    return Entry((x,), (w, b), forward, truth, 2 * case.batch * case.channels * x.itemsize)
+    x, b = draw(case.batch, case.time, 4, *heads), draw(4, *heads)
+    w = draw(4, *heads, SMALL_HEAD) * case.sigma * SMALL_HEAD**-0.5
+    forward = lambda x: run(x, w, b, function="lstm", backend="triton_fused", dtype=case.dtype)[0][0]
+    pick = lambda tensors: [tensors[0][:SEQUENCES, :STEPS, :, :1], *(v[:, :1] for v in tensors[1:])]
+    return Entry((x,), (w, b), forward, Truth(head_lstm, (x, w, b), lambda y: y[:SEQUENCES, :STEPS, :1], pick))
 
 
-def _parallel(
-    inputs: tuple[Tensor, ...], run: Callable[..., Tensor], recurrence: Callable[..., Tensor],
-    part: Callable[[int], Callable[[Tensor], Tensor]], picked: Sequence[int],
-) -> Entry:  # fmt: skip
-    """An entry whose inputs and output are all cut alike, and that has no weights."""
+def head_lstm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """FlashRNN's LSTM of one head: x (B, T, 4, 1, D), w (4, 1, D, D), b (4, 1, D) -> h (B, T, 1, D)."""
+    identity = torch.eye(4 * x.shape[-1], dtype=x.dtype, device=x.device)
+    weights = identity, w.flatten(0, 2), b.flatten(), torch.zeros_like(identity[0])
+    return dense("LSTM", x.flatten(2), weights).unsqueeze(2)
 
-    def truth(steps: int) -> Truth:
-        cut = part(steps)
-        return Truth(
-            [cut(v).detach().cpu() for v in inputs], recurrence, cut, lambda grads: [cut(grads[k]) for k in picked]
-        )
 
-    return Entry(inputs, (), run, truth)
+def _weightless(inputs: tuple[Tensor, ...], run: Callable, loop: Callable, part: Callable[[Tensor], Tensor]) -> Entry:
+    """An entry without weights, all inputs and the output of which are cut alike."""
+    return Entry(inputs, (), run, Truth(loop, inputs, part, lambda tensors: [part(v) for v in tensors]))
 
 
 def _draw(case: Case, device: torch.device) -> Callable[..., Tensor]:
-    """`draw(shape, then)`: then(N(0, 1)) in the case's dtype, a leaf that requires gradients."""
+    """`draw(*shape)` ~ N(0, 1) in the case's dtype."""
     generator = torch.Generator(device).manual_seed(3)
-
-    def draw(shape: Sequence[int], then: Callable[[Tensor], Tensor] = lambda v: v) -> Tensor:
-        v = torch.randn(*shape, generator=generator, device=device, dtype=case.storage)
-        return then(v).detach().requires_grad_()
-
-    return draw
+    return functools.partial(torch.randn, generator=generator, device=device, dtype=case.storage)
 
 
-def _package(module: str, package: str, device: torch.device | None = None) -> Any:
-    """An optional package's module. Raises `Skip` where it is missing, or where its kernels have no `device` to run on."""
+def _package(module: str, package: str) -> Any:
+    """An optional package's module. Raises `BackendError` where it is missing."""
     try:
-        found = importlib.import_module(module)
+        return importlib.import_module(module)
     except ImportError as e:
-        missing = (e.name or "").split(".")[0] == module.split(".")[0]
-        raise Skip(f"not installed: pip install {package}" if missing else f"{package} cannot be imported: {e}") from e
-    if device is not None and device.type != "cuda":
-        raise Skip(f"the kernels of {package} need a GPU")
-    return found
+        raise BackendError(f"{e}: pip install {package}") from e
 
 
-_NEWTON = "the same cell by Newton, 3 iterations; its input projection is timed alone and subtracted"
 THEIRS = (
-    Contestant("cudnn-gru", "torch.nn.GRU, dense recurrence", cudnn("GRU"), ("gru",), 2**14),
-    Contestant("cudnn-lstm", "torch.nn.LSTM, dense recurrence", cudnn("LSTM"), ("lstm",), 2**14),
-    Contestant("pararnn-torch", _NEWTON, pararnn(True), ("gru", "lstm"), package="pararnn-torch"),
-    Contestant(
-        "pararnn-torch-unchecked",
-        f"{_NEWTON}; without its layer's check",
-        pararnn(False),
-        ("gru", "lstm"),
-        package="pararnn-torch",
-    ),
-    Contestant("hgrn", "chunk_hgrn, a linear recurrence, elementwise", hgrn, ("gru", "mingru"), package="fla-core"),
-    Contestant(
-        "gated-delta",
-        f"gated delta rule, linear, {HEAD} x {HEAD} states",
-        gated_delta,
-        ("gru", "mingru"),
-        package="fla-core",
-    ),
-    Contestant(
-        "accelerated-scan",
-        "a linear recurrence, elementwise, time last",
-        accelerated,
-        ("gru", "mingru"),
-        package="accelerated-scan",
-    ),
-    Contestant(
-        "flashrnn", f"an LSTM in dense heads of {SMALL_HEAD}, sequential", flashrnn, ("lstm",), package="flashrnn"
-    ),
+    Contestant("cudnn-gru", functools.partial(cudnn, "GRU"), ("gru",), 2**14),
+    Contestant("cudnn-lstm", functools.partial(cudnn, "LSTM"), ("lstm",), 2**14),
+    Contestant("pararnn-torch", functools.partial(pararnn, True), ("gru", "lstm"), package="pararnn-torch"),
+    Contestant("pararnn-torch-unchecked", functools.partial(pararnn, False), ("gru", "lstm"), package="pararnn-torch"),
+    Contestant("hgrn", hgrn, ("gru", "mingru"), package="fla-core"),
+    Contestant("gated-delta", gated_delta, ("gru", "mingru"), package="fla-core"),
+    Contestant("accelerated-scan", accelerated, ("gru", "mingru"), package="accelerated-scan"),
+    Contestant("flashrnn", flashrnn, ("lstm",), package="flashrnn"),
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import linecache
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -115,7 +117,8 @@ def run_decode(cell: Cell, found: Trace, state: Tensor, inputs: Tensor, params: 
     }
     given |= _strides(inputs, "x_b x_g x_c") | _strides(state, "h_b h_s h_c") | _strides(out, "o_b o_s o_c")
     fast = inputs.dtype == torch.bfloat16 and inputs.is_cuda
-    _load_decode(made)[(-(-batch * channels // 128),)](**given, LANES=128, FAST=fast, num_warps=4)
+    with torch.cuda.device(state.device) if state.is_cuda else contextlib.nullcontext():
+        _load_decode(made)[(-(-batch * channels // 128),)](**given, LANES=128, FAST=fast, num_warps=4)
 
 
 def _launch(
@@ -130,29 +133,53 @@ def _launch(
     facts = new(batch, chunks, tiles, 3)
     starts, ends = new(2, batch, made.slots, chunks, channels).unbind(0) if chunks > 1 else (facts, facts)
     ragged = place["LO"] > 0 or channels % columns != 0
-    common = (
-        given
-        | place
-        | {"starts_ptr": starts, "ends_ptr": ends, "facts_ptr": facts, "C": channels, "tol": tol, "BD": columns}
-    )
-    common |= {
-        "FAST": x.dtype == torch.bfloat16 and x.is_cuda,
-        "WIDE": x.shape[1] * max(map(abs, x.stride()[1:])) >= 2**31,
-    }
-    shoot, correct = kernels
-    shoot[tiles, chunks, batch](
-        **common, CL=each, chunks=chunks, burn=min(tiling.burn, each), furthest=max(4 * each, 16 * tiling.burn), num_warps=tiling.warps,
-        ALONE=chunks == 1, MASKED=ragged or chunks * each != length,
-    )  # fmt: skip
+    common = given | place | {"starts_ptr": starts, "ends_ptr": ends, "facts_ptr": facts, "C": channels, "tol": tol}
+    fast = x.dtype == torch.bfloat16 and x.is_cuda
+    common |= {"BD": columns, "FAST": fast, "WIDE": max(map(_extent, (x, given.get("dy_ptr", x)))) >= 2**31}
+    shoot = {
+        "CL": each, "chunks": chunks, "burn": min(tiling.burn, each), "furthest": max(4 * each, 16 * tiling.burn),
+        "ALONE": chunks == 1, "MASKED": ragged or chunks * each != length, "num_warps": tiling.warps,
+    }  # fmt: skip
+    jobs = [(kernels[0], (tiles, chunks, batch), common | shoot)]
     if chunks > 1:
         rows = min(tiling.rows, 1 << (chunks - 1).bit_length())
         ratio = -(-chunks // rows)
         used = -(-chunks // ratio)
-        correct[tiles, 1, batch](
-            **common, CL=each * ratio, chunks=used, parts=chunks, ratio=ratio, floor=floor, most=most or 2**30, NC=rows,
-            MASKED=ragged or used != rows or used * ratio * each != length, num_warps=max(1, min(8, rows * columns // (128 if made.slots <= 2 else 64))),
-        )  # fmt: skip
+        carries = 128 if made.slots <= 2 else 64  # a warp
+        correct = {
+            "CL": each * ratio, "chunks": used, "parts": chunks, "ratio": ratio, "floor": floor, "most": most or 2**30, "NC": rows,
+            "MASKED": ragged or used != rows or used * ratio * each != length,
+            "num_warps": max(1, min(8, rows * columns // carries)),
+        }  # fmt: skip
+        jobs.append((kernels[1], (tiles, 1, batch), common | correct))
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        _compile_together(jobs, x)
+        for kernel, grid, arguments in jobs:
+            kernel[grid](**arguments)
     return facts.view(-1, 3)
+
+
+_compiled: set[tuple] = set()
+
+
+def _compile_together(jobs: list[tuple[Any, tuple, dict[str, Any]]], x: Tensor) -> None:
+    """Compile a new pair of kernels at the same time: most of the compiler runs outside Python's lock."""
+    constants = tuple(tuple(v for k, v in arguments.items() if k.isupper()) for _, _, arguments in jobs)
+    key = (*(id(kernel) for kernel, _, _ in jobs), constants, x.dtype, x.device)
+    if x.is_cuda and len(jobs) > 1 and key not in _compiled and not torch.cuda.is_current_stream_capturing():
+        _compiled.add(key)
+
+        def compile_one(job: tuple[Any, tuple, dict[str, Any]]) -> None:
+            with torch.cuda.device(x.device):
+                job[0].warmup(**job[2], grid=job[1])
+
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            list(pool.map(compile_one, jobs))
+
+
+def _extent(v: Tensor) -> int:
+    """How far apart two elements of one sequence lie."""
+    return sum((n - 1) * abs(s) for n, s in zip(v.shape[1:], v.stride()[1:], strict=True))
 
 
 def _params(params: list[Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,174 @@
+"""The results file (one JSON object a line, only ever appended to), and what is made of it: tables in Markdown, and plots."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import bad_value
+from .cases import SUITES, Case
+
+Row = dict[str, Any]
+CASE = [f.name for f in fields(Case)]
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+OURS = "scan-triton"
+HEAD = ("case", "contestant", "fwd", "x floor", "bwd", "x floor", "memory", "error", f"time / {OURS}")
+LEGEND = (
+    "fwd, bwd: medians. x floor: over the floor, the bytes that must move once (inputs, outputs; backward: both and their "
+    "gradients) at the bandwidth of a large copy in the same run. memory: the peak beside inputs. error: the largest distance from "
+    "the fp64 for-loop over the contestant's own recurrence, wrong where y or a gradient is farther off than the numerics contract "
+    f"allows. time / {OURS}: all passes measured, where both are right."
+)
+AXES = {
+    "time": ("steps T", lambda row: row["time"]),
+    "width": ("sequences x channels", lambda row: row["batch"] * row["channels"]),
+}
+
+
+def facts(device: torch.device, bandwidth: float, commit: str | None) -> Row:
+    """Commit, card, versions and copy bandwidth, the same for all rows of a run."""
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "triton": version("triton")}
+    return {"device": card, "copy_gb_s": bandwidth / 1e9, "commit": commit or _commit(), "versions": versions}
+
+
+def version(package: str) -> str:
+    """The version of an installed package; "" where it is not."""
+    return next((found.version for found in metadata.distributions(name=package)), "")
+
+
+def _commit() -> str:
+    """The commit of the source tree, with '+' where it has changes; 'unknown' outside a git checkout."""
+    root = Path(__file__).parents[3]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+    if not (root / ".git").exists():  # an installed copy may lie inside another repository
+        return "unknown"
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def read(path: Path) -> list[Row]:
+    """The last row for each suite, device, case and contestant, in order of first appearance."""
+    if not path.is_file():
+        bad_value("--render", f"'{path}'", "an existing results file", "Write one with: parashoot bench --out FILE")
+    newest = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            newest[row["suite"], row["device"], *(row[k] for k in CASE), row["contestant"]] = row
+        except (json.JSONDecodeError, KeyError) as e:
+            bad_value("--render", f"'{path}', line {number}: {e}", "a row as parashoot bench writes it in each line")
+    return list(newest.values())
+
+
+def render(path: Path, readme: Path) -> int:
+    """Replace the marked block of `readme` by tables of the newest rows in the results file; plots go beside that file."""
+    rows, text = read(path), readme.read_text() if readme.is_file() else ""
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        remedy = "Add them where the tables shall stand."
+        bad_value("--readme", f"'{readme}'", f"a file with the lines {START} and {END}", remedy)
+    parts = [tables(rows), LEGEND]
+    for (name,), of_suite in _groups(rows, "suite").items():
+        image = path.parent / f"{name}.png"
+        if name in AXES and plot(of_suite, name, image):
+            parts.append(f"![{SUITES[name].about}]({Path(os.path.relpath(image, readme.parent)).as_posix()})")
+    readme.write_text(before + start + "\n" + "\n\n".join(parts) + "\n" + end + after)
+    print(f"{readme}: {len(rows)} rows of {path}, {len(parts) - 2} plots")
+    return 0
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """For each suite and device a table, under what it ran on, and the names of those that did not run."""
+    parts = []
+    for (name, device), there in _groups(rows, "suite", "device").items():
+        ran, skipped = ([r for r in there if (r["status"] == "skipped") == bad] for bad in (False, True))
+        commit = f"commit {' and '.join(dict.fromkeys(r['commit'] for r in there))}"
+        versions = [f"{k} {v}" for k, v in there[-1]["versions"].items()]
+        packages = dict.fromkeys(r["package"] for r in ran if r["package"])
+        ground = [device, commit, *versions, *packages, f"copies at {there[-1]['copy_gb_s']:.0f} GB/s"]
+        parts += [f"**{name}**: {SUITES[name].about}. {', '.join(ground)}.", _table(ran)]
+        if skipped:
+            reasons = (f"{contestant}: {reason}" for contestant, reason in _groups(skipped, "contestant", "reason"))
+            parts.append(f"Not run: {'; '.join(reasons)}.")
+    return "\n\n".join(parts)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    best = {label(r): r for r in rows if r["contestant"] == OURS}
+    lines = [list(HEAD), *([label(r), r["contestant"], *figures(r), ratio(r, best.get(label(r)))] for r in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * w if k < 2 else "-" * (w - 1) + ":" for k, w in enumerate(widths)])
+    aligned = lambda k, text: f"{text:{'<' if k < 2 else '>'}{widths[k]}}"
+    return "\n".join(f"| {' | '.join(aligned(k, text) for k, text in enumerate(line))} |" for line in lines)
+
+
+def label(row: Row) -> str:
+    """The case of a row, in words."""
+    return str(Case(**{name: row[name] for name in CASE}))
+
+
+def outcome(row: Row) -> str:
+    """How a contestant fared against the loop, or why it did not run."""
+    return f"skipped: {row['reason']}" if row["status"] == "skipped" else f"{row['status']}, error {row['error']:.1e}"
+
+
+def figures(row: Row) -> list[str]:
+    """fwd, x floor, bwd, x floor, memory and error of a row as text."""
+    found = []
+    for name, floor in zip(("forward_us", "backward_us"), row["floor_us"], strict=False):
+        us = row[name][1]
+        unit, scale = ("us", 1.0) if us < 999.5 else ("ms", 1e3) if us < 999.5e3 else ("s", 1e6)
+        found += [f"{us / scale:.3g} {unit}", f"{us / floor:.2f}x" if us < 100 * floor else f"{us / floor:.0f}x"]
+    found += [""] * (4 - len(found))
+    memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
+    return [*found, memory, f"{row['error']:.1e}{' wrong' if row['status'] == 'wrong' else ''}"]
+
+
+def ratio(row: Row, ours: Row | None) -> str:
+    """Time over that of `OURS` in the same case, all passes together; empty unless both results are right."""
+    if ours is None or row is ours or {row["status"], ours["status"]} != {"ok"}:
+        return ""
+    mine, theirs = (sum(r[k][1] for k in ("forward_us", "backward_us") if k in r) for r in (ours, row))
+    return f"{theirs / mine:.2f}x"
+
+
+def plot(rows: Sequence[Row], axis: str, path: Path) -> bool:
+    """Draw forward and backward times of right results, log-log, a line a contestant; dashed the floor. False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    name, at = AXES[axis]
+    figure = Figure(figsize=(10.0, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    right = sorted((r for r in rows if r["status"] == "ok"), key=at)
+    for index, (axes, direction) in enumerate(zip(panels, ("forward", "backward"), strict=True)):
+        shown = [r for r in right if f"{direction}_us" in r]
+        for (contestant,), line in _groups(shown, "contestant").items():
+            x, (low, middle, high) = [at(r) for r in line], zip(*(r[f"{direction}_us"] for r in line), strict=True)
+            axes.plot(x, middle, "o-", markersize=3, label=contestant)
+            axes.fill_between(x, low, high, alpha=0.2)
+        floor = {at(r): r["floor_us"][index] for r in shown if r["contestant"].startswith("scan")}
+        axes.plot(list(floor), list(floor.values()), "--", color="black", label="floor")
+        axes.set(xscale="log", yscale="log", xlabel=name, ylabel="microseconds", title=direction)
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _groups(rows: Sequence[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return found

@@ -1,0 +1,106 @@
+"""The text of generated kernels, and what the compiler makes of it for Hopper: both without a GPU.
+
+`python tests/test_kernel_source.py` writes the golden files anew; read their diff.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import parashoot as ps
+from parashoot.tiling import choose
+
+HERE = Path(__file__).parent
+GOLDEN = HERE / "golden"
+CHANNELWISE = [name for name in ps.cells.__all__ if getattr(ps.cells, name).structure == "channelwise"]
+DIRECTIONS = ("forward", "backward", "decode")
+every_source = pytest.mark.parametrize(("name", "direction"), [(n, d) for n in CHANNELWISE for d in DIRECTIONS])
+
+
+def source(name: str, direction: str) -> str:
+    return getattr(ps.cells, name).triton_source(direction)
+
+
+@every_source
+def test_the_source_is_the_golden_one(name, direction):
+    assert source(name, direction) == (GOLDEN / f"{name}_{direction}.txt").read_text()
+
+
+@every_source
+def test_the_source_is_python_and_complete(name, direction):
+    text = source(name, direction)
+    compile(text, name, "exec")
+    assert not re.search(r"\{\w*\}|\$", text)
+
+
+def test_options_change_the_source():
+    plain = ps.cells.lstm.triton_source("backward")
+    assert "reset_ptr" in ps.cells.lstm.triton_source("backward", reset=True) and "reset_ptr" not in plain
+    assert "g0_1" in ps.cells.lstm.triton_source("backward", return_states=True) and "g0_1" not in plain
+
+
+def test_a_cell_without_kernels_says_why():
+    with pytest.raises(ps.BackendError, match="dense"):
+        ps.cells.elman.triton_source()
+    with pytest.raises(ps.ArgumentError, match="sideways"):
+        ps.cells.gru.triton_source("sideways")
+
+
+def test_no_kernel_text_names_a_cell():
+    words = "|".join(ps.cells.__all__)
+    for path in (HERE.parent / "src/parashoot/triton").glob("*.py"):
+        assert not re.search(rf"\b({words})\b", path.read_text(), re.IGNORECASE), path
+
+
+# Registers a thread with the tiling that an H100 gets at 8 x 2048 x 2048. A multiprocessor has 65,536: 64 threads a program and
+# 128 registers leave room for 8 programs.
+REGISTERS = {
+    ("gru", "forward"): 80, ("gru", "backward"): 112, ("lstm", "forward"): 104, ("lstm", "backward"): 144,
+    ("slstm", "forward"): 152, ("slstm", "backward"): 248,
+}  # fmt: skip
+SHARED = 232_448  # bytes a program may have on Hopper
+SPILLED = {"shoot": 16, "correct": 512}  # bytes; corrections are rare
+
+
+def jobs() -> list[tuple]:
+    out = []
+    for (name, direction), launch, dtype in (
+        (key, launch, dtype) for key in REGISTERS for launch in SPILLED for dtype in ("bf16", "fp32")
+    ):
+        if (launch, dtype) != ("correct", "fp32"):
+            size = 2 if dtype == "bf16" else 4
+            tiling, _ = choose(8, 2048, 2048, len(getattr(ps.cells, name).states), size, 132, None)
+            out.append((name, direction, launch, dtype, dataclasses.asdict(tiling)))
+    return out
+
+
+def test_kernels_compile_for_hopper_within_their_budgets():
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(HERE.parent / "src")
+    command = [sys.executable, str(HERE / "ahead_of_time.py"), json.dumps(jobs())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == len(jobs())
+    over = [
+        row
+        for row in rows
+        if row["shared"] > SHARED
+        or row["spilled"] > SPILLED[row["launch"]]
+        or (row["launch"] == "shoot" and row["registers"] > REGISTERS[row["cell"], row["direction"]])
+    ]
+    assert over == []
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for name in CHANNELWISE:
+        for direction in DIRECTIONS:
+            (GOLDEN / f"{name}_{direction}.txt").write_text(source(name, direction))
