@@ -58,7 +58,7 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
     options = {
         "num_warps": tiling.warps
         if launch == "shoot"
-        else max(1, min(8, tiling.rows * tiling.columns // (128 if len(cell.states) <= 2 else 64)))
+        else max(1, min(8, tiling.rows * tiling.narrow // (128 if len(cell.states) <= 2 else 64)))
     }
     begun = time.perf_counter()
     compiled = triton.compile(ASTSource(kernel, signature, values, attributes), GPUTarget("cuda", 90, 32), options)

@@ -1,4 +1,4 @@
-"""The benchmarks: a wrong result is caught, an absent peer is named, a results file only grows, a README block is made from it."""
+"""The benchmarks: a wrong result is caught, an absent peer is named, a results file only grows, it makes a README block."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from parashoot.bench import cases, peers, results, run
+from parashoot.bench import cases, contestants, results, run
 from parashoot.bench.cases import SUITES, Case, Suite, problem
-from parashoot.bench.contest import Contestant, Entry, agreement
-from parashoot.bench.ours import on_the_cell
+from parashoot.bench.contestants import on_the_cell
+from parashoot.bench.trial import Contestant, Entry, agreement
 from parashoot.cli import main
 from parashoot.scan import scan
 
@@ -110,8 +110,8 @@ def test_cells_whose_channels_mix_are_compared_too(cell):
 
 
 def test_floors_are_the_bytes_that_must_move_once():
-    contestants = [run.CONTESTANTS["scan-torch"]]
-    found, _ = run.measure(Case("lstm", 2, 10, 8, "bfloat16"), contestants, CPU, 1e6, 3, float("inf"))
+    case = Case("lstm", 2, 10, 8, "bfloat16")
+    found, _ = run.measure(case, [run.CONTESTANTS["scan-torch"]], CPU, 1e6, 3, float("inf"))
     assert found[0]["floor_us"] == [2 * (10 * 3 * 8 + 10 * 8) * 2, 2 * (2 * 10 * 3 * 8 + 2 * 10 * 8) * 2]
 
 
@@ -132,7 +132,7 @@ def test_an_absent_peer_is_skipped_by_name(tiny, capsys, monkeypatch):
     assert "pip install fla-core" in capsys.readouterr().out
 
 
-def test_whatever_a_contestant_raises_leaves_the_others_running():
+def test_whatever_a_contestant_raises_leaves_the_others_running(capsys):
     def fails(case, device):
         raise ZeroDivisionError("one over\nnothing")
 
@@ -141,11 +141,10 @@ def test_whatever_a_contestant_raises_leaves_the_others_running():
         return entry_with(lambda y: y if next(calls) < 20 else y / torch.empty(0))
 
     makers = {"fails": fails, "late": late, "fine": lambda case, device: entry_with()}
-    contestants = [Contestant(name, make) for name, make in makers.items()]
-    found, _ = run.measure(TINY, contestants, CPU, 1e10, 30, float("inf"))
+    found, _ = run.measure(TINY, [Contestant(name, make) for name, make in makers.items()], CPU, 1e10, 30, float("inf"))
     assert [row["status"] for row in found] == ["skipped", "skipped", "ok"]
     assert found[0]["reason"] == "ZeroDivisionError: one over"
-    assert results.outcome(found[0]) == "skipped: ZeroDivisionError: one over"
+    assert "fails: skipped, ZeroDivisionError: one over\n" in capsys.readouterr().out
 
 
 def test_the_backward_pass_is_both_less_forward():
@@ -243,7 +242,7 @@ def test_suites_ask_contestants_that_exist_and_fit(name):
 def test_heads_of_flashrnn_are_lstms():
     x, w, b = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 9, 4, 1, 5), (4, 1, 5, 5), (4, 1, 5)))
     h = c = torch.zeros(2, 1, 5, dtype=torch.float64)
-    for t, got in enumerate(peers.head_lstm(x, w, b).unbind(1)):
+    for t, got in enumerate(contestants.head_lstm(x, w, b).unbind(1)):
         i, f, z, o = (x[:, t] + b + torch.einsum("ghdp,bhp->bghd", w, h)).unbind(1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(z)
         h = torch.sigmoid(o) * torch.tanh(c)
@@ -254,7 +253,9 @@ def test_heads_of_flashrnn_are_lstms():
 @pytest.mark.parametrize("checked", [True, False])
 def test_pararnn_runs_on_the_same_gates(cell, checked):
     pytest.importorskip("pararnn")
-    assert agreement(peers.pararnn(checked, dataclasses.replace(TINY, cell=cell), CPU), train=True)["status"] == "ok"
+    assert (
+        agreement(contestants.pararnn(checked, dataclasses.replace(TINY, cell=cell), CPU), train=True)["status"] == "ok"
+    )
 
 
 @pytest.mark.gpu
@@ -264,8 +265,8 @@ def test_cuda_graphs_and_what_cannot_be_captured():
         params = problem(case, device)[1]
         return on_the_cell(case, device, lambda x: scan(case.step, x, params)[0] * float(x.detach().sum() > -1e9))
 
-    contestants = [run.CONTESTANTS["loop-graph"], run.CONTESTANTS["loop"], Contestant("waits", waits)]
-    found, _ = run.measure(Case("gru", 2, 64, 32), contestants, torch.device("cuda"), 3e12, 5, float("inf"))
+    asked = [run.CONTESTANTS["loop-graph"], run.CONTESTANTS["loop"], Contestant("waits", waits)]
+    found, _ = run.measure(Case("gru", 2, 64, 32), asked, torch.device("cuda"), 3e12, 5, float("inf"))
     graphed, launched, waiting = found
     assert [row["status"] for row in found] == ["ok", "ok", "ok"]
     assert graphed["timed_by"] == "graph"

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 KERNEL = ps.MultipleShooting(backend="triton")
 CHANNELWISE = {name: cell for name, cell in SHIPPED.items() if cell.structure == "channelwise"}
 # One chunk; several, led in from far enough; several and corrected; a length that nothing divides, channels that fill no tile.
-ALONE, LED, CORRECTED = Tiling(8, 1, 2, 2, 1), Tiling(8, 1, 4, 3, 3, 12), Tiling(8, 1, 2, 2, 5, 2, 4)
+ALONE, LED, CORRECTED = Tiling(8, 1, 2, 2, 1), Tiling(8, 1, 4, 3, 3, 12, 2, 4), Tiling(8, 1, 2, 2, 5, 2, 4, 8)
 
 
 @pytest.fixture
@@ -99,13 +99,13 @@ def slow_gru(time, channels=4):
 
 
 def test_corrections_are_made_where_the_cell_remembers(tiling):
-    tiling(Tiling(8, 1, 2, 2, 20, 2, 4))
+    tiling(Tiling(8, 1, 2, 2, 20, 2, 4, 8))
     info = compare(*slow_gru(160))
     assert 2 <= info.iterations <= 1 + 4
 
 
 def test_a_missed_limit_is_an_error(tiling):
-    tiling(Tiling(8, 1, 2, 2, 20, 2, 4))
+    tiling(Tiling(8, 1, 2, 2, 20, 2, 4, 8))
     cell, x, params, h0 = slow_gru(160)
     x, params, h0 = moved(x, params, h0)
     with pytest.raises(ps.ConvergenceError):
@@ -119,7 +119,7 @@ def logistic(h: ps.State, x: ps.Input):
 
 def test_a_chaotic_cell_ends_with_a_trajectory(tiling):
     """Every step of the answer is the cell's own, at chunk boundaries too, after at most one pass a row."""
-    tiling(Tiling(8, 1, 2, 2, 24, 2, 8))
+    tiling(Tiling(8, 1, 2, 2, 24, 2, 8, 8))
     x, h0 = moved(torch.zeros(1, 192, 1, 3), torch.tensor([[[0.2, 0.4, 0.7]]]))
     y, _, info = ps.scan(logistic, x, None, h0, solver=KERNEL, return_info=True)
     before = torch.cat([h0, y[:, :-1]], 1).double()
@@ -184,7 +184,7 @@ def test_strided_and_expanded_tensors_are_read_in_place(tiling):
 
 @pytest.mark.parametrize("seed", range(40) if ON_GPU else range(0, 40, 8))
 def test_fuzzed_cells(seed, tiling):
-    tiling(Tiling(8, 1, 2, 2, 3, 4, 2))
+    tiling(Tiling(8, 1, 2, 2, 3, 4, 8, 4))
     source = Source(seed)
     cell = source.cell(seed)
     draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

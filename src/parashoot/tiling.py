@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Tiling:
     """A program takes `columns` channels of one chunk with `warps` warps; `unroll` steps a loop trip, `stages` trips loaded ahead;
-    time is cut into `chunks`, each led into by `burn` steps; a correction works on `rows` longer chunks at once."""
+    time is cut into `chunks`, each led into by `burn` steps. A correction takes `rows` chunks of its own at once, longer or shorter
+    ones, of `narrow` channels."""
 
     columns: int
     warps: int
@@ -16,12 +17,19 @@ class Tiling:
     stages: int
     chunks: int
     burn: int = 32
-    rows: int = 8
+    rows: int = 16
+    narrow: int = 64
+
+    @property
+    def pieces(self) -> int:
+        """Into how many pieces a chunk is cut, where a correction may begin."""
+        return 1 if self.chunks == 1 else max(1, self.rows // self.chunks)
 
     def cut(self, length: int) -> tuple[int, int]:
-        """(chunk length, chunks) for a number of positions; chunk lengths are multiples of `unroll`."""
+        """(chunk length, chunks) for a number of positions; a piece of a chunk is a multiple of `unroll`."""
+        multiple = self.unroll * self.pieces
         each = -(-length // self.chunks)
-        each = -(-each // self.unroll) * self.unroll
+        each = -(-each // multiple) * multiple
         return each, -(-length // each)
 
 
@@ -54,8 +62,8 @@ def choose(
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     else:
         chunks, reasons = _chunks(batch * channels, time, unroll, full)
-    rows = max(2, min(32, 8 * (128 if slots <= 2 else 64) // columns))
-    return Tiling(columns, max(1, columns // 64), unroll, stages, chunks, BURN, rows), tuple(reasons)
+    narrow = min(columns, 64 if slots <= 2 else 32)
+    return Tiling(columns, max(1, columns // 64), unroll, stages, chunks, BURN, 16, narrow), tuple(reasons)
 
 
 def _chunks(width: int, time: int, unroll: int, full: int) -> tuple[int, list[str]]:
@@ -66,6 +74,6 @@ def _chunks(width: int, time: int, unroll: int, full: int) -> tuple[int, list[st
     alone, cut = time * _STEP, (time / most + BURN) * _STEP + _LAUNCH
     if most == 1 or alone <= cut:
         return 1, [f"one chunk: {time} steps take {alone * 1e6:.0f} us, cutting them {cut * 1e6:.0f} us"]
-    even = [n for n in range(most, max(1, most * 2 // 3), -1) if time % (n * unroll) == 0]
+    even = [n for n in range(most, max(1, most * 2 // 3), -1) if time % (n * unroll * max(1, 16 // n)) == 0]
     chunks = even[0] if even else most
     return chunks, [f"{chunks} chunks of {width} channels: {chunks * width} carries at once, the device takes {full}"]

@@ -18,10 +18,8 @@ SIGMA = 0.25  # small enough for solvers that stop after a fixed number of itera
 
 @dataclass(frozen=True)
 class Case:
-    """A shipped `cell` on x (B, T, G, C) of a `dtype`; recurrent weights have the deviation `sigma` (matrices: over sqrt(n)).
-
-    `mode` "train": the forward pass as it runs when gradients follow, and the backward pass; "infer": forward, no gradients.
-    """
+    """A shipped `cell` on x (B, T, G, C) of a `dtype`; `mode`: "train" or, without gradients, "infer"; recurrent
+    weights have the deviation `sigma` (matrices: over sqrt(n))."""
 
     cell: str
     batch: int
@@ -50,10 +48,7 @@ class Case:
 
 @functools.lru_cache(maxsize=1)
 def problem(case: Case, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """x (B, T, G, C) ~ N(0, 1) and the cell's parameters ~ sigma N(0, 1) in the compute dtype.
-
-    The parameters are representable in the storage dtype, so that contestants that keep them there compute the same function.
-    """
+    """x (B, T, G, C) ~ N(0, 1), parameters ~ sigma N(0, 1) in the compute dtype, exact in the storage dtype too."""
     cell, generator = case.step, torch.Generator(device).manual_seed(0)
     draw = functools.partial(torch.randn, generator=generator, device=device, dtype=case.storage)
     x = draw(case.batch, case.time, len(cell.inputs), case.channels)
@@ -77,7 +72,7 @@ def _cases(names: str, shapes: Sequence[tuple[int, int, int]], dtypes: str = "bf
 
 OURS = ("scan-triton", "scan-torch")
 PARARNN = ("pararnn-torch", "pararnn-torch-unchecked")
-PEERS = ("cudnn-gru", "cudnn-lstm", *PARARNN, "hgrn", "gated-delta", "accelerated-scan", "flashrnn")
+PEERS = (*PARARNN, "cudnn-gru", "cudnn-lstm", "hgrn", "gated-delta", "accelerated-scan", "flashrnn")
 BIG, SMALL, LONG = (8, 2048, 2048), (8, 2048, 256), (1, 16384, 1024)
 BOTH = "bfloat16 float32"
 
@@ -103,19 +98,19 @@ SUITES = {
         (*OURS, *PEERS),
     ),
     "paper": Suite(
-        "the loops that the parallel solution replaces: compiled at T = 512, as in the paper (which gives neither batch nor "
-        "width), and as Python runs it at T = 2048",
+        "the loops that the parallel solution replaces: compiled at T = 512, as in the paper (which gives neither batch "
+        "nor width), and as Python runs it at T = 2048",
         _cases("gru lstm", [(8, 512, 1024)], "float32") + _cases("gru", [SMALL], "float32"),
         (*OURS, "loop", "loop-graph", "loop-compiled"),
     ),
     "time": Suite(
         "time against the length of the sequence",
         _cases("gru", [(1, 2**k, 256) for k in range(7, 21)]),
-        (*OURS, "loop", "cudnn-gru", *PARARNN, "hgrn"),
+        (*OURS, "loop", *PARARNN, "cudnn-gru", "hgrn"),
     ),
     "width": Suite(
         "time against the number of sequences x channels",
         _cases("gru", [(8, 2048, 2**k) for k in range(4, 14)]),
-        (*OURS, "cudnn-gru", *PARARNN, "hgrn"),
+        (*OURS, *PARARNN, "cudnn-gru", "hgrn"),
     ),
 }

@@ -1,4 +1,4 @@
-"""The results file (one JSON object a line, only ever appended to), and what is made of it: tables in Markdown, and plots."""
+"""The results file (one JSON object a line, only appended to), and what is made of it: Markdown tables and plots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,17 @@ from typing import Any
 import torch
 
 from ..errors import bad_value
-from .cases import SUITES, Case
+from .cases import SUITES
 
 Row = dict[str, Any]
-CASE = [f.name for f in fields(Case)]
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 OURS = "scan-triton"
 HEAD = ("case", "contestant", "fwd", "x floor", "bwd", "x floor", "memory", "error", f"time / {OURS}")
 LEGEND = (
-    "fwd, bwd: medians. x floor: over the floor, the bytes that must move once (inputs, outputs; backward: both and their "
-    "gradients) at the bandwidth of a large copy in the same run. memory: the peak beside inputs. error: the largest distance from "
-    "the fp64 for-loop over the contestant's own recurrence, wrong where y or a gradient is farther off than the numerics contract "
-    f"allows. time / {OURS}: all passes measured, where both are right."
+    "fwd, bwd: medians. x floor: over the floor, the bytes that must move once (inputs, outputs; backward: both and "
+    "their gradients) at the bandwidth of a large copy in the same run. memory: the peak beside inputs. error: the "
+    "largest distance from the fp64 for-loop over the contestant's own recurrence, wrong where y or a gradient is "
+    f"farther off than the numerics contract allows. time / {OURS}: all passes measured, where both are right."
 )
 AXES = {
     "time": ("steps T", lambda row: row["time"]),
@@ -64,20 +62,19 @@ def read(path: Path) -> list[Row]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
-            newest[row["suite"], row["device"], *(row[k] for k in CASE), row["contestant"]] = row
+            newest[row["suite"], row["device"], row["case"], row["contestant"]] = row
         except (json.JSONDecodeError, KeyError) as e:
             bad_value("--render", f"'{path}', line {number}: {e}", "a row as parashoot bench writes it in each line")
     return list(newest.values())
 
 
 def render(path: Path, readme: Path) -> int:
-    """Replace the marked block of `readme` by tables of the newest rows in the results file; plots go beside that file."""
+    """Replace the marked block of `readme` by tables of the newest rows in the results file; plots go beside it."""
     rows, text = read(path), readme.read_text() if readme.is_file() else ""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
-        remedy = "Add them where the tables shall stand."
-        bad_value("--readme", f"'{readme}'", f"a file with the lines {START} and {END}", remedy)
+        bad_value("--readme", f"'{readme}'", f"a file with the lines {START} and {END} where the tables shall stand")
     parts = [tables(rows), LEGEND]
     for (name,), of_suite in _groups(rows, "suite").items():
         image = path.parent / f"{name}.png"
@@ -94,7 +91,7 @@ def tables(rows: Sequence[Row]) -> str:
     for (name, device), there in _groups(rows, "suite", "device").items():
         ran, skipped = ([r for r in there if (r["status"] == "skipped") == bad] for bad in (False, True))
         commit = f"commit {' and '.join(dict.fromkeys(r['commit'] for r in there))}"
-        versions = [f"{k} {v}" for k, v in there[-1]["versions"].items()]
+        versions = [f"{k} {v}" for k, v in there[-1]["versions"].items() if v]
         packages = dict.fromkeys(r["package"] for r in ran if r["package"])
         ground = [device, commit, *versions, *packages, f"copies at {there[-1]['copy_gb_s']:.0f} GB/s"]
         parts += [f"**{name}**: {SUITES[name].about}. {', '.join(ground)}.", _table(ran)]
@@ -105,22 +102,17 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    best = {label(r): r for r in rows if r["contestant"] == OURS}
-    lines = [list(HEAD), *([label(r), r["contestant"], *figures(r), ratio(r, best.get(label(r)))] for r in rows)]
+    total = lambda row: sum(row[k][1] for k in ("forward_us", "backward_us") if k in row)
+    ours = {r["case"]: total(r) for r in rows if r["contestant"] == OURS and r["status"] == "ok"}
+    lines: list[list[str]] = [list(HEAD)]
+    for r in rows:
+        compared = r["contestant"] != OURS and r["status"] == "ok" and r["case"] in ours
+        ratio = f"{total(r) / ours[r['case']]:.2f}x" if compared else ""
+        lines.append([r["case"], r["contestant"], *figures(r), ratio])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * w if k < 2 else "-" * (w - 1) + ":" for k, w in enumerate(widths)])
     aligned = lambda k, text: f"{text:{'<' if k < 2 else '>'}{widths[k]}}"
     return "\n".join(f"| {' | '.join(aligned(k, text) for k, text in enumerate(line))} |" for line in lines)
-
-
-def label(row: Row) -> str:
-    """The case of a row, in words."""
-    return str(Case(**{name: row[name] for name in CASE}))
-
-
-def outcome(row: Row) -> str:
-    """How a contestant fared against the loop, or why it did not run."""
-    return f"skipped: {row['reason']}" if row["status"] == "skipped" else f"{row['status']}, error {row['error']:.1e}"
 
 
 def figures(row: Row) -> list[str]:
@@ -135,16 +127,8 @@ def figures(row: Row) -> list[str]:
     return [*found, memory, f"{row['error']:.1e}{' wrong' if row['status'] == 'wrong' else ''}"]
 
 
-def ratio(row: Row, ours: Row | None) -> str:
-    """Time over that of `OURS` in the same case, all passes together; empty unless both results are right."""
-    if ours is None or row is ours or {row["status"], ours["status"]} != {"ok"}:
-        return ""
-    mine, theirs = (sum(r[k][1] for k in ("forward_us", "backward_us") if k in r) for r in (ours, row))
-    return f"{theirs / mine:.2f}x"
-
-
 def plot(rows: Sequence[Row], axis: str, path: Path) -> bool:
-    """Draw forward and backward times of right results, log-log, a line a contestant; dashed the floor. False without matplotlib."""
+    """Draw the times of right results, a line a contestant, and the floor (dashed). False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

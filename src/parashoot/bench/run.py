@@ -18,12 +18,9 @@ import torch
 from ..errors import BackendError, bad_value
 from . import results
 from .cases import SUITES, Case
-from .contest import Contestant, agreement
-from .ours import OURS
-from .peers import THEIRS
-from .timing import Clock, clocks, copy_bandwidth, first_line
+from .contestants import CONTESTANTS
+from .trial import Clock, Contestant, agreement, clocks, copy_bandwidth, first_line
 
-CONTESTANTS = {c.name: c for c in (*OURS, *THEIRS)}
 LONGEST = 4.0  # seconds spent on the samples of one contestant in a case, once it has three
 
 
@@ -37,10 +34,7 @@ class Lane:
     spent: float = 0.0
 
     def enter(self, case: Case, contestant: Contestant, device: torch.device, bandwidth: float) -> None:
-        """Compare with the loop, and make the clocks ready.
-
-        The floor: bytes that must move once (forward inputs and y, backward these and their gradients) over the bandwidth.
-        """
+        """Compare with the loop, count the bytes that must move once (backward: twice), make the clocks ready."""
         if case.time > contestant.longest:
             raise BackendError(f"run up to T = {contestant.longest} only")
         entry, train = contestant.enter(case, device), case.mode == "train"
@@ -80,12 +74,8 @@ class Lane:
 def measure(
     case: Case, contestants: Sequence[Contestant], device: torch.device, bandwidth: float, repeats: int, deadline: float
 ) -> tuple[list[results.Row], bool]:
-    """Rows of one case, and whether Ctrl-C cut it short, which keeps what has samples. Past `deadline` nothing is begun.
-
-    Samples are interleaved, so that a change of the machine's pace meets all contestants.
-    """
-    lanes: list[Lane] = []
-    interrupted = False
+    """Rows of one case, and whether Ctrl-C cut it short, keeping what has samples. No one begins past `deadline`."""
+    lanes, interrupted = [], False
     # A graph cannot be captured on the default stream, and a backward pass runs on the stream of its forward pass.
     with torch.cuda.stream(torch.cuda.Stream() if device.type == "cuda" else None):
         try:
@@ -95,12 +85,13 @@ def measure(
                 gc.collect()
                 torch.cuda.empty_cache()
                 package = contestant.package and f"{contestant.package} {results.version(contestant.package)}"
-                lane = Lane({**asdict(case), "contestant": contestant.name, "package": package})
+                lane = Lane({"case": str(case), **asdict(case), "contestant": contestant.name, "package": package})
                 lane.attempt(lane.enter, case, contestant, device, bandwidth)
                 lanes.append(lane)
-                print(f"  {contestant.name}: {results.outcome(lane.row)}", flush=True)
+                told = lane.row.get("reason") or f"error {lane.row['error']:.1e}"
+                print(f"  {contestant.name}: {lane.row['status']}, {told}", flush=True)
             for _ in range(repeats):
-                for lane in lanes:
+                for lane in lanes:  # interleaved, so that a change of the machine's pace meets all contestants
                     lane.attempt(lane.sample)
         except KeyboardInterrupt:
             interrupted = True
@@ -111,10 +102,7 @@ def run(
     names: Sequence[str], out: Path, *, device: str | None = None, contestants: str | None = None, repeats: int = 20,
     minutes: float = math.inf, commit: str | None = None,
 ) -> int:  # fmt: skip
-    """Measure the suites called `names`, appending rows to `out` case by case; exit code 0, or 130 if interrupted.
-
-    `contestants`: names separated by commas, instead of the suites' own. After `minutes` no further contestant is begun.
-    """
+    """Measure the suites called `names`, appending rows to `out` case by case; exit code 0, or 130 if interrupted."""
     suites = {name: _find(SUITES, name, "SUITE") for name in names or ("quick",)}
     only = [_find(CONTESTANTS, name, "--contestants").name for name in contestants.split(",")] if contestants else None
     if repeats < 3:
@@ -123,6 +111,7 @@ def run(
         bad_value("--minutes", str(minutes), "a number > 0")
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     place, begun = torch.device(_find({k: k for k in kinds}, device or kinds[-1], "--device")), time.monotonic()
+    out.parent.mkdir(parents=True, exist_ok=True)
     deadline, bandwidth = begun + 60 * minutes, copy_bandwidth(place)
     facts = results.facts(place, bandwidth, commit)
     print(f"{facts['device']}, commit {facts['commit']}, copies at {facts['copy_gb_s']:.0f} GB/s", flush=True)

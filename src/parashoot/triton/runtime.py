@@ -131,32 +131,39 @@ def _launch(
     tiles = -(-channels // columns)
     new = functools.partial(x.new_empty, dtype=torch.float32)
     facts = new(batch, chunks, tiles, 3)
-    starts, ends = new(2, batch, made.slots, chunks, channels).unbind(0) if chunks > 1 else (facts, facts)
-    ragged = place["LO"] > 0 or channels % columns != 0
+    snap = each // tiling.pieces
+    records = chunks * tiling.pieces
+    starts = new(batch, made.slots, records, channels) if chunks > 1 else facts
+    ends = new(batch, made.slots, chunks, channels) if chunks > 1 else facts
     common = given | place | {"starts_ptr": starts, "ends_ptr": ends, "facts_ptr": facts, "C": channels, "tol": tol}
     fast = x.dtype == torch.bfloat16 and x.is_cuda
-    common |= {"BD": columns, "FAST": fast, "WIDE": max(map(_extent, (x, given.get("dy_ptr", x)))) >= 2**31}
+    common |= {"records": records, "FAST": fast, "WIDE": max(map(_extent, (x, given.get("dy_ptr", x)))) >= 2**31}
+    ragged = lambda width, end: place["LO"] > 0 or channels % width != 0 or end != length
     shoot = {
-        "CL": each, "chunks": chunks, "burn": min(tiling.burn, each), "furthest": max(4 * each, 16 * tiling.burn),
-        "ALONE": chunks == 1, "MASKED": ragged or chunks * each != length, "num_warps": tiling.warps,
+        "CL": each, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, 16 * tiling.burn),
+        "BD": columns, "ALONE": chunks == 1, "MASKED": ragged(columns, chunks * each), "num_warps": tiling.warps,
     }  # fmt: skip
     jobs = [(kernels[0], (tiles, chunks, batch), common | shoot)]
+    report = facts
     if chunks > 1:
-        rows = min(tiling.rows, 1 << (chunks - 1).bit_length())
-        ratio = -(-chunks // rows)
-        used = -(-chunks // ratio)
+        narrow = min(tiling.narrow, columns)
+        rows = min(tiling.rows, 1 << (records - 1).bit_length())
+        ratio = -(-records // rows)
+        used = -(-records // ratio)
+        narrow_tiles = -(-channels // narrow)
+        report = new(batch, narrow_tiles, 3)
         carries = 128 if made.slots <= 2 else 64  # a warp
         correct = {
-            "CL": each * ratio, "chunks": used, "parts": chunks, "ratio": ratio, "floor": floor, "most": most or 2**30, "NC": rows,
-            "MASKED": ragged or used != rows or used * ratio * each != length,
-            "num_warps": max(1, min(8, rows * columns // carries)),
+            "CL": snap * ratio, "chunks": used, "parts": chunks, "ratio": ratio, "sub": tiling.pieces, "floor": floor,
+            "most": most or 2**30, "report_ptr": report, "NC": rows, "BD": narrow, "SPAN": columns // narrow,
+            "MASKED": used != rows or ragged(narrow, used * ratio * snap), "num_warps": max(1, min(8, rows * narrow // carries)),
         }  # fmt: skip
-        jobs.append((kernels[1], (tiles, 1, batch), common | correct))
+        jobs.append((kernels[1], (narrow_tiles, 1, batch), common | correct))
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         _compile_together(jobs, x)
         for kernel, grid, arguments in jobs:
             kernel[grid](**arguments)
-    return facts.view(-1, 3)
+    return report.view(-1, 3)
 
 
 _compiled: set[tuple] = set()

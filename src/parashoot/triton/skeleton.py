@@ -5,8 +5,8 @@ into `chunks` of CL positions. Two launches:
 
 SHOOT, a program for each chunk and BD channels. `lead`: run into the chunk's start over the `run` positions before it, from
     zero, with the Jacobian m of that run: where the cell forgets, m says that the start is known; else run from further back.
-    `write`: run through the chunk from there, storing results. Starts and ends are recorded.
-CORRECT, a program for each BD channels; its NC rows are longer chunks. Reads all starts and ends; where they agree it ends.
+    `write`: run through the chunk from there, storing results. Starts, of chunks and of every `snap` positions, and ends are recorded.
+CORRECT, a program for each BD channels; its NC rows are chunks of its own. Reads all starts and ends; where they agree it ends.
     Else Newton: run through each row from its start, storing results, with the Jacobian m; compare its end v with the start t of
     the next row; a scan over rows gives the corrections, t <- v + m delta, exact one row further each time: at most NC passes,
     whatever the Jacobians.
@@ -34,7 +34,7 @@ SHOOT = (
     """
 @triton.jit
 def {name}_shoot(
-    {arguments}, starts_ptr, ends_ptr, facts_ptr, T0, DIR, LO, L, C, CL, chunks, tol, burn, furthest,
+    {arguments}, starts_ptr, ends_ptr, facts_ptr, T0, DIR, LO, L, C, CL, chunks, snap, records, tol, burn, furthest,
     BD: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, ALONE: tl.constexpr, WIDE: tl.constexpr,
 ):
     NC: tl.constexpr = 1
@@ -47,7 +47,7 @@ def {name}_shoot(
     live = inside
     base = chunk * CL
     $s{i} = i{i}$
-    settled = burn >= 0
+    settled = part + burn >= 0
     if not ALONE:
         run = burn + 0 * part
         goal = 0.125 * tol  # what is led in is compared with the tolerance itself
@@ -81,7 +81,6 @@ def {name}_shoot(
     tl.store(fact + 2, (settled == 0).to(tl.float32))
     if not ALONE:
         mark = (b * {S} * chunks + chunk) * C + col
-        $tl.store(starts_ptr + mark + {i} * chunks * C, s{i}, mask=inside)$
         $tl.store(ends_ptr + mark + {i} * chunks * C, v{i}, mask=inside)$
 """
 )
@@ -90,8 +89,8 @@ CORRECT = (
     """
 @triton.jit
 def {name}_correct(
-    {arguments}, starts_ptr, ends_ptr, facts_ptr, T0, DIR, LO, L, C, CL, chunks, parts, ratio, tol, floor, most,
-    NC: tl.constexpr, BD: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    {arguments}, starts_ptr, ends_ptr, facts_ptr, report_ptr, T0, DIR, LO, L, C, CL, chunks, parts, records, ratio, sub, tol, floor, most,
+    NC: tl.constexpr, SPAN: tl.constexpr, BD: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):
     part = 0
     chunk = tl.arange(0, NC)[:, None]
@@ -101,18 +100,21 @@ def {name}_correct(
     live = (chunk < chunks) & inside
     first = chunk == 0
     base = chunk * CL
-    # what the first launch recorded: its chunks row * ratio + k
-    mark = (b * {S} * parts + chunk * ratio) * C + col
-    fact = facts_ptr + ((b * parts + chunk * ratio) * tiles + tile) * 3
+    # what the first launch recorded: starts of `sub` pieces of each of its chunks, of which a row has `ratio`; the chunks' ends
+    mark = (b * {S} * records + chunk * ratio) * C + col
+    fact = facts_ptr + (b * parts * ((tiles + SPAN - 1) // SPAN) + tile // SPAN) * 3 + 2
     unsettled = zero
     $z{i} = tl.abs(finite(i{i}, 1e30))$
     $r{i} = zero$
     for k in range(ratio):
-        at = chunk * ratio + k
-        there, joined = live & (at < parts), live & (at + 1 < parts)
-        $o{i} = tl.load(ends_ptr + mark + ({i} * parts + k) * C, mask=there, other=0.0)$
-        $s{i} = tl.load(starts_ptr + mark + ({i} * parts + k + 1) * C, mask=joined, other=0.0)$
-        unsettled = tl.maximum(unsettled, tl.load(fact + 3 * k * tiles + 2 + 0 * col, mask=there, other=0.0))
+        at = chunk * ratio + k + 1
+        there = live & (at <= records) & (at % sub == 0)
+        joined = there & (at < records)
+        end = (b * {S} * parts + at // sub - 1) * C + col
+        $o{i} = tl.load(ends_ptr + end + {i} * parts * C, mask=there, other=0.0)$
+        $s{i} = tl.load(starts_ptr + mark + ({i} * records + k + 1) * C, mask=joined, other=0.0)$
+        flag = tl.load(fact + (at // sub - 1) * ((tiles + SPAN - 1) // SPAN) * 3 + 0 * col, mask=there, other=0.0)
+        unsettled = tl.maximum(unsettled, flag)
         $d{i} = tl.where(joined, tl.abs(difference(o{i}, s{i})), 0.0)$
         $r{i} = tl.maximum(r{i}, tl.where(d{i} < 1e38, d{i}, 1e38))$
         $z{i} = tl.maximum(z{i}, tl.abs(finite(o{i}, 1e30)))$
@@ -122,9 +124,9 @@ def {name}_correct(
     defect = tl.max(tl.max({largest_r}, 1), 0)
     # s: the start of a row; t: the start of the next, which the row's end has to meet
     joined = inside & (chunk + 1 < chunks)
-    $s{i} = tl.load(starts_ptr + mark + {i} * parts * C, mask=live, other=0.0)$
+    $s{i} = tl.load(starts_ptr + mark + {i} * records * C, mask=live, other=0.0)$
     $s{i} = tl.where(first, i{i}, finite(s{i}, 1e30))$
-    $t{i} = finite(tl.load(starts_ptr + mark + ({i} * parts + ratio) * C, mask=joined, other=0.0), 1e30)$
+    $t{i} = finite(tl.load(starts_ptr + mark + ({i} * records + ratio) * C, mask=joined, other=0.0), 1e30)$
     $v{i} = s{i}$
     {clear}
     ran = going
@@ -150,16 +152,13 @@ def {name}_correct(
         passes += 1
         going = unsolved & (passes < most)
         $t{i} = v{i} + c{i}$
-        $s{i} = tl.where(first, i{i}, above(t{i}, starts_ptr + mark + {i} * parts * C, ratio * C, live, first))$
+        $s{i} = tl.where(first, i{i}, above(t{i}, starts_ptr + mark + {i} * records * C, ratio * C, live, first))$
     final = live & ran & (chunk == chunks - 1)
     {finish}
-    head = facts_ptr + (b * parts * tiles + tile) * 3
-    tl.store(head, passes.to(tl.float32))
-    tl.store(head + 1, defect)
-    for k in range(ratio):
-        tl.store(fact + 3 * k * tiles + 2 + 0 * col, zero, mask=live & (chunk * ratio + k < parts) & ran)
-    tl.debug_barrier()
-    tl.store(head + 2, unsolved.to(tl.float32), mask=ran)
+    report = report_ptr + (b * tiles + tile) * 3
+    tl.store(report, passes.to(tl.float32))
+    tl.store(report + 1, defect)
+    tl.store(report + 2, unsolved.to(tl.float32))
 """
 )
 

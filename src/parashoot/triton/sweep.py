@@ -102,7 +102,7 @@ def forward(s: Source) -> str:
         return [line for u in range(s.unroll) for line in [*_position(u), *_load_inputs(s, u, lead, boundary)]]
 
     def steps(jacobian: bool, write: bool) -> list[str]:
-        out = []
+        out = _snapshot(s.slots) if write and not jacobian else []
         for u in range(s.unroll):
             out += [*_position(u), *_cut(s, u, carry, jacobian)]
             if s.save and write and u == 0:
@@ -174,6 +174,8 @@ def backward(s: Source) -> str:
 
     def steps(jacobian: bool, write: bool) -> list[str]:
         out = entering()
+        if write and not jacobian:
+            out += _snapshot(s.slots)
         for u in range(s.unroll):
             out += _position(u)
             out += [f"v{i} += g{u}_{n}.to(tl.float32)" for n, i in enumerate(s.outputs)]
@@ -333,6 +335,13 @@ def _load_inputs(s: Source, u: int, lead: bool, boundary: str) -> list[str]:
         # r_shift is 1 for a reverse scan: it enters t from t + 1, across the boundary that reset[t + 1] marks
         out.append(f"cut{u} = tl.load(reset_ptr + b * r_b + (time + r_shift) * r_t, mask={boundary}, other=0)")
     return out
+
+
+def _snapshot(slots: int) -> list[str]:
+    """Every `snap` positions, the carry goes on record: where a correction may begin."""
+    at = f"starts_ptr + (b * {slots} * records + (base + t) // snap) * C + col"
+    stores = [f"tl.store({at} + {i} * records * C, v{i}, mask=inside & (t % snap == 0))" for i in range(slots)]
+    return ["if not ALONE:", *[f"    {store}" for store in stores]]
 
 
 def _cut(s: Source, u: int, carries: list[str], lead: bool) -> list[str]:

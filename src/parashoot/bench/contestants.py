@@ -1,27 +1,82 @@
-"""Other people's contestants: cuDNN, and packages from PyPI, each left out by name where it is not installed.
+"""The contestants: the library, loops over the same cell, cuDNN, and packages from PyPI, skipped where not installed.
 
-Where the recurrence is not the case's cell, it is written here as a plain loop, the truth that the contestant is judged by.
+A recurrence that is not the case's cell is written here as a plain loop, the truth that its contestant is judged by.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import logging
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BackendError
+from ..plan import MultipleShooting, compute_dtype
+from ..scan import scan
+from ..solve.sequential import loop
 from .cases import Case, problem
-from .contest import CHANNELS, SEQUENCES, STEPS, Contestant, Entry, Truth
-from .ours import on_the_cell
+from .trial import CHANNELS, SEQUENCES, STEPS, Contestant, Entry, Truth
 
+UNROLLED = 16  # steps of the loop in one compiled graph
 HEAD = 128  # width of the gated delta rule's heads
 SMALL_HEAD = 32  # width of FlashRNN's dense heads
 PARARNN = {"gru": ("ParaGRU", "a_z a_r a_n"), "lstm": ("ParaLSTM", "a_f a_z a_o c_f c_o")}  # class, recurrent weights
+
+
+@lru_cache(maxsize=1)
+def cell_truth(case: Case, device: torch.device) -> Truth:
+    """The for-loop over the case's cell, shared by all who run that cell."""
+    cell, (x, params) = case.step, problem(case, device)
+    channels = CHANNELS if cell.structure == "channelwise" else case.channels
+    part = lambda v: v[:SEQUENCES, :STEPS, ..., :channels]
+    pick = lambda tensors: [part(tensors[0]), *(p[:channels] for p in tensors[1:])]
+    return Truth(lambda x, *params: loop(cell, x, params)[0], [x, *params], part, pick)
+
+
+def on_the_cell(case: Case, device: torch.device, run: Callable[[Tensor], Tensor], **options: Any) -> Entry:
+    """An entry that runs the case's own cell on the problem's parameters (or on `weights`, copies of them)."""
+    x, params = problem(case, device)
+    return Entry((x,), run=run, truth=cell_truth(case, device), **{"weights": tuple(params), **options})
+
+
+def by_scan(backend: str, case: Case, device: torch.device) -> Entry:
+    """`ps.scan` with one backend: generated kernels, or PyTorch operations."""
+    params, solver = problem(case, device)[1] or None, MultipleShooting(backend=backend)
+    return on_the_cell(case, device, lambda x: scan(case.step, x, params, solver=solver)[0])
+
+
+def by_loop(graph: bool, case: Case, device: torch.device) -> Entry:
+    """The Python loop over the step, launched step by step or replayed from one CUDA graph."""
+    if graph and device.type != "cuda":
+        raise BackendError("needs a GPU")
+    params = problem(case, device)[1]
+    run = lambda x: loop(case.step, x, params, _start(case, x))[0].to(x.dtype)
+    return on_the_cell(case, device, run, graph=graph)
+
+
+def compiled(case: Case, device: torch.device) -> Entry:
+    """The loop as `torch.compile` makes it, `UNROLLED` steps in a graph, the state handed from call to call."""
+    params = problem(case, device)[1]
+    torch.compiler.reset()  # graphs of earlier cases count towards the compiler's limit
+    piece = torch.compile(lambda x, params, h: loop(case.step, x, params, h), dynamic=False, fullgraph=True)
+
+    def run(x: Tensor) -> Tensor:
+        h, ys = _start(case, x).requires_grad_(torch.is_grad_enabled()), []  # as in later pieces: one graph serves all
+        for part in x.split(UNROLLED, 1):
+            y, h = piece(part, params, h)
+            ys.append(y)
+        return torch.cat(ys, 1).to(x.dtype)
+
+    return on_the_cell(case, device, run)
+
+
+def _start(case: Case, x: Tensor) -> Tensor:
+    """The zero state (B, S, C) in the compute dtype, which makes the whole loop compute in it."""
+    return x.new_zeros(x.shape[0], len(case.step.states), x.shape[3], dtype=compute_dtype(x.dtype))
 
 
 def cudnn(kind: str, case: Case, device: torch.device) -> Entry:
@@ -39,17 +94,17 @@ def cudnn(kind: str, case: Case, device: torch.device) -> Entry:
 def dense(kind: str, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """`torch.nn.GRU` or `LSTM` on x (B, T, D) as PyTorch's own loop over the steps, without cuDNN."""
     h = x.new_zeros(1, x.shape[0], weights[1].shape[1])
-    layer, state = (torch.gru, h) if kind == "GRU" else (torch.lstm, (h, h))
+    options = (list(weights), True, 1, 0.0, True, False, True)  # with biases, one layer, ..., batch first
     with torch.backends.cudnn.flags(enabled=False):
-        return layer(x, state, list(weights), True, 1, 0.0, True, False, True)[0]  # with biases, one layer, batch first
+        return torch.gru(x, h, *options)[0] if kind == "GRU" else torch.lstm(x, (h, h), *options)[0]
 
 
 def pararnn(checked: bool, case: Case, device: torch.device) -> Entry:
-    """pararnn-torch's cell, Newton with 3 iterations, on the case's gates and weights: as its layer runs it, which checks the
-    residual, or without that check. The layer's input projection is replaced by the identity, forward and backward."""
+    """pararnn-torch's cell, Newton with 3 iterations, on the case's gates and weights: as its layer runs it, which checks
+    the residual, or without that check. The layer's input projection is replaced by the identity, forward and backward."""
     package = _package("pararnn", "pararnn-torch")
     logging.getLogger("pararnn").addHandler(logging.NullHandler())  # it reports every large residual
-    importlib.import_module("pararnn.solvers.vjp")._linear_vjp = lambda layer, x, grad: (grad, None, None)
+    _package("pararnn.solvers.vjp", "pararnn-torch")._linear_vjp = lambda layer, x, grad: (grad, None, None)
     (kind, recurrent), width = PARARNN[case.cell], len(case.step.inputs) * case.channels
     cell = getattr(package, kind)(width, case.channels, max_recurrent_norm=None, device=device, dtype=case.storage)
     cell.W_x = nn.Identity()
@@ -96,7 +151,7 @@ def linear(decay: Tensor, x: Tensor) -> Tensor:
 
 
 def gated_delta(case: Case, device: torch.device) -> Entry:
-    """fla-core's `chunk_gated_delta_rule`: a linear recurrence of a matrix state a head, C values in heads of `HEAD`."""
+    """fla-core's `chunk_gated_delta_rule`: a linear recurrence of a matrix a head, C values in heads of `HEAD`."""
     run = _package("fla.ops.gated_delta_rule", "fla-core").chunk_gated_delta_rule
     draw, shape = _draw(case, device), (case.batch, case.time, case.channels // HEAD)
     q, k = (nn.functional.normalize(draw(*shape, HEAD), dim=-1) for _ in range(2))
@@ -120,7 +175,7 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tens
 
 
 def flashrnn(case: Case, device: torch.device) -> Entry:
-    """FlashRNN's LSTM by its Triton kernels (its CUDA ones are compiled at first use): dense heads of `SMALL_HEAD`, sequential."""
+    """FlashRNN's sequential LSTM in dense heads of `SMALL_HEAD`, by its Triton kernels: its CUDA ones need a compiler."""
     run = _package("flashrnn", "flashrnn").flashrnn
     draw, heads = _draw(case, device), (case.channels // SMALL_HEAD, SMALL_HEAD)
     x, b = draw(case.batch, case.time, 4, *heads), draw(4, *heads)
@@ -145,7 +200,7 @@ def _weightless(inputs: tuple[Tensor, ...], run: Callable, loop: Callable, part:
 def _draw(case: Case, device: torch.device) -> Callable[..., Tensor]:
     """`draw(*shape)` ~ N(0, 1) in the case's dtype."""
     generator = torch.Generator(device).manual_seed(3)
-    return functools.partial(torch.randn, generator=generator, device=device, dtype=case.storage)
+    return partial(torch.randn, generator=generator, device=device, dtype=case.storage)
 
 
 def _package(module: str, package: str) -> Any:
@@ -156,13 +211,19 @@ def _package(module: str, package: str) -> Any:
         raise BackendError(f"{e}: pip install {package}") from e
 
 
-THEIRS = (
-    Contestant("cudnn-gru", functools.partial(cudnn, "GRU"), ("gru",), 2**14),
-    Contestant("cudnn-lstm", functools.partial(cudnn, "LSTM"), ("lstm",), 2**14),
-    Contestant("pararnn-torch", functools.partial(pararnn, True), ("gru", "lstm"), package="pararnn-torch"),
-    Contestant("pararnn-torch-unchecked", functools.partial(pararnn, False), ("gru", "lstm"), package="pararnn-torch"),
+_ALL = (
+    Contestant("scan-triton", partial(by_scan, "triton")),
+    Contestant("scan-torch", partial(by_scan, "torch")),
+    Contestant("loop", partial(by_loop, False), longest=2048),
+    Contestant("loop-graph", partial(by_loop, True), longest=2048),
+    Contestant("loop-compiled", compiled, longest=512),
+    Contestant("cudnn-gru", partial(cudnn, "GRU"), ("gru",), 2**14),
+    Contestant("cudnn-lstm", partial(cudnn, "LSTM"), ("lstm",), 2**14),
+    Contestant("pararnn-torch", partial(pararnn, True), ("gru", "lstm"), package="pararnn-torch"),
+    Contestant("pararnn-torch-unchecked", partial(pararnn, False), ("gru", "lstm"), package="pararnn-torch"),
     Contestant("hgrn", hgrn, ("gru", "mingru"), package="fla-core"),
     Contestant("gated-delta", gated_delta, ("gru", "mingru"), package="fla-core"),
     Contestant("accelerated-scan", accelerated, ("gru", "mingru"), package="accelerated-scan"),
     Contestant("flashrnn", flashrnn, ("lstm",), package="flashrnn"),
 )
+CONTESTANTS = {contestant.name: contestant for contestant in _ALL}
