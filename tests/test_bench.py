@@ -1,4 +1,4 @@
-"""The benchmarks: a wrong result is caught, an absent peer is named, a results file only grows, it makes a README block."""
+"""The benchmarks: a wrong result is caught, an absent peer is named, results accumulate, a README block is made."""
 
 from __future__ import annotations
 

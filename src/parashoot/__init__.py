@@ -15,5 +15,6 @@ from .errors import (
 from .layers import RNN, ParaGRU, ParaLSTM
 from .plan import MultipleShooting, Newton, Sequential
 from .scan import ScanInfo, explain, scan
+from .tune import tune
 
 __version__ = "0.1.0"

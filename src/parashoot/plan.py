@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .cell import Cell, feature_shape
 from .errors import BackendError, bad_type, bad_value
-from .tiling import Tiling, choose
+from .tiling import Tiling, choose, tuned
 from .trace import Trace, trace
 
 JACOBIANS = ("auto", "exact", "diagonal", "zero")
@@ -119,14 +119,14 @@ _EXACT_WIDTH = 16  # widest matrices for which exact products are cheaper than f
 @functools.lru_cache(maxsize=4096)
 def make_plan(
     cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver, ops: tuple[int, int],
-    foreign: tuple[str, ...],
+    foreign: tuple[str, ...], digest: str,
 ) -> Plan:  # fmt: skip
     """The plan for x of `x_shape` (B, T, G, C); `ops` are elementary operations of a step and of its Jacobian, `foreign` those
-    that have no kernel expression."""
+    that have no kernel expression, `digest` the cell's."""
     batch, time, _, channels = x_shape
     obstacle = no_kernel(cell, dtype, device, solver, foreign)
     if obstacle is None:
-        return _kernel_plan(cell, x_shape, dtype, device, solver)
+        return _kernel_plan(cell, x_shape, dtype, device, solver, digest)
     asked = isinstance(solver, MultipleShooting) and solver.backend == "triton"
     if asked:
         raise BackendError(f"backend: got 'triton'; {obstacle}. Use backend='auto' or 'torch'.")
@@ -217,7 +217,7 @@ def tolerance_backward(dtype: torch.dtype) -> float:
 
 
 def _kernel_plan(
-    cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver
+    cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver, digest: str
 ) -> Plan:
     batch, time, _, channels = x_shape
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -227,11 +227,17 @@ def _kernel_plan(
     elif not isinstance(solver.chunk_length, str):
         asked = min(int(solver.chunk_length), time)
     tiling, reasons = choose(batch, time, channels, len(cell.states), dtype.itemsize, processors, asked)
+    measured = tuned(device).get(str((digest, str(dtype), *x_shape))) if asked is None else None
+    if measured is not None:
+        tiling, reasons = measured, (f"{measured.chunks} chunks: the fastest that ps.tune measured on this device",)
     length, chunks = tiling.cut(time)
     given = isinstance(solver, MultipleShooting)
     tol = solver.tol if given and solver.tol is not None else _KERNEL_TOLERANCE[dtype]
     limit = solver.max_iters if given else None
-    return Plan("triton", min(length, time), chunks, "exact", tol, limit, 0, None, False, tiling, reasons)
+    tile = f"a program takes {tiling.columns} channels of a chunk, {tiling.unroll} steps a loop trip, {tiling.stages} trips loaded ahead"
+    if chunks > 1:
+        tile += f"; it leads in over {min(tiling.burn, length)} steps or more"
+    return Plan("triton", min(length, time), chunks, "exact", tol, limit, 0, None, False, tiling, (*reasons, tile))
 
 
 def _by_autograd(cell: Cell, x_shape: tuple[int, ...], device: torch.device, step: int) -> bool:
@@ -313,7 +319,7 @@ def plan_for(cell: Cell, x: Tensor, params: list[Tensor], solver: Solver) -> tup
     """The plan and the trace for these tensors; traces the step if it is new."""
     found = trace_for(cell, x, params)
     ops = (found.step_ops, found.jacobian_ops)
-    return make_plan(cell, tuple(x.shape), x.dtype, x.device, solver, ops, found.foreign), found
+    return make_plan(cell, tuple(x.shape), x.dtype, x.device, solver, ops, found.foreign, found.digest), found
 
 
 def trace_for(cell: Cell, x: Tensor, params: list[Tensor]) -> Trace:

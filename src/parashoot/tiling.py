@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -77,3 +84,43 @@ def _chunks(width: int, time: int, unroll: int, full: int) -> tuple[int, list[st
     even = [n for n in range(most, max(1, most * 2 // 3), -1) if time % (n * unroll * max(1, 16 // n)) == 0]
     chunks = even[0] if even else most
     return chunks, [f"{chunks} chunks of {width} channels: {chunks * width} carries at once, the device takes {full}"]
+
+
+# What `ps.tune` found: for each kind of device, tilings by cell, dtype and shape.
+
+
+def _store() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parashoot" / "tilings.json"
+
+
+@functools.cache
+def _tuned(device: str) -> dict[str, Tiling]:
+    try:
+        return {key: Tiling(**fields) for key, fields in json.loads(_store().read_text()).get(device, {}).items()}
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):  # none yet, or of another version: measured again when asked
+        return {}
+
+
+def tuned(device: torch.device) -> dict[str, Tiling]:
+    """Tilings measured on this kind of device, by key."""
+    return _tuned(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
+
+
+def remember(device: torch.device, key: str, tiling: Tiling) -> None:
+    """Keep a tiling, in this process and on disk; the file is replaced whole, so a crash loses nothing."""
+    tuned(device)[key] = tiling
+    path, name = _store(), torch.cuda.get_device_name(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        known = {}
+    known.setdefault(name, {})[key] = asdict(tiling)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(known, file, indent=1)
+    os.replace(file.name, path)

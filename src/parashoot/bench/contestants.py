@@ -100,8 +100,8 @@ def dense(kind: str, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def pararnn(checked: bool, case: Case, device: torch.device) -> Entry:
-    """pararnn-torch's cell, Newton with 3 iterations, on the case's gates and weights: as its layer runs it, which checks
-    the residual, or without that check. The layer's input projection is replaced by the identity, forward and backward."""
+    """pararnn-torch's cell, Newton with 3 iterations, on the case's gates and weights: as its layer runs it, which
+    checks the residual, or without that check. Its input projection becomes the identity, forward and backward."""
     package = _package("pararnn", "pararnn-torch")
     logging.getLogger("pararnn").addHandler(logging.NullHandler())  # it reports every large residual
     _package("pararnn.solvers.vjp", "pararnn-torch")._linear_vjp = lambda layer, x, grad: (grad, None, None)
@@ -175,7 +175,7 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tens
 
 
 def flashrnn(case: Case, device: torch.device) -> Entry:
-    """FlashRNN's sequential LSTM in dense heads of `SMALL_HEAD`, by its Triton kernels: its CUDA ones need a compiler."""
+    """FlashRNN's sequential LSTM in dense heads of `SMALL_HEAD`, by its Triton kernels (CUDA ones need nvcc)."""
     run = _package("flashrnn", "flashrnn").flashrnn
     draw, heads = _draw(case, device), (case.channels // SMALL_HEAD, SMALL_HEAD)
     x, b = draw(case.batch, case.time, 4, *heads), draw(4, *heads)

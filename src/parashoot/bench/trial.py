@@ -27,8 +27,8 @@ SEQUENCES, STEPS, CHANNELS = 2, 2**12, 64  # the part of a result that is compar
 class Truth:
     """A recurrence as a for-loop, over a part of the problem that alone decides the same part of the result.
 
-    `loop(*pick(tensors)) -> y` is differentiable, in whichever dtype the `tensors` (inputs and weights) come; `see(y)` is
-    a view of that part of a contestant's y, `pick(grads)` of its gradients.
+    `loop(*pick(tensors)) -> y` is differentiable, in whichever dtype the `tensors` (inputs and weights) come; `see(y)`
+    is a view of that part of a contestant's y, `pick(grads)` of its gradients.
     """
 
     loop: Callable[..., Tensor]

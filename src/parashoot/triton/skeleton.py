@@ -32,7 +32,7 @@ _HEAD = """
 
 SHOOT = (
     """
-@triton.jit
+@triton.jit(do_not_specialize={fixed})
 def {name}_shoot(
     {arguments}, starts_ptr, ends_ptr, facts_ptr, T0, DIR, LO, L, C, CL, chunks, snap, records, tol, burn, furthest,
     BD: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, ALONE: tl.constexpr, WIDE: tl.constexpr,
@@ -87,7 +87,7 @@ def {name}_shoot(
 
 CORRECT = (
     """
-@triton.jit
+@triton.jit(do_not_specialize={fixed})
 def {name}_correct(
     {arguments}, starts_ptr, ends_ptr, facts_ptr, report_ptr, T0, DIR, LO, L, C, CL, chunks, parts, records, ratio, sub, tol, floor, most,
     NC: tl.constexpr, SPAN: tl.constexpr, BD: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,

@@ -9,6 +9,7 @@ parameter gradients in order.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -262,6 +263,25 @@ def decode(s: Source) -> str:
     return HEADER + function("step", s.step, s.arguments) + "\n" + fill(DECODE, s.slots, blocks)
 
 
+# Numbers whose divisibility changes nothing: one compiled kernel serves them all.
+_ANY = [
+    "groups",
+    "T0",
+    "LO",
+    "L",
+    "CL",
+    "chunks",
+    "snap",
+    "records",
+    "burn",
+    "furthest",
+    "parts",
+    "ratio",
+    "sub",
+    "most",
+]
+
+
 def _module(
     name: str, s: Source, functions: list[str], arguments: list[str], setup: list[str], clear: list[str], finish: list[str],
     blank: list[str], loads: Callable, steps: Callable,
@@ -287,8 +307,9 @@ def _module(
         "apart": " | ".join(f"~(r{i} <= tol * z{i})" for i in slots),
     }  # fmt: skip
     lead, write, both = loop(True, False, s.stages), loop(False, True, s.stages), loop(True, True, 2)
-    shoot = fill(SHOOT, s.slots, blocks | {"finish": finish, "lead": lead, "write": write})
-    correct = fill(CORRECT, s.slots, blocks | {"finish": finish + blank, "both": both})
+    fixed = lambda template: [n for n in _ANY if n in arguments or re.search(rf" {n},", template.split("):")[0])]
+    shoot = fill(SHOOT, s.slots, blocks | {"fixed": str(fixed(SHOOT)), "finish": finish, "lead": lead, "write": write})
+    correct = fill(CORRECT, s.slots, blocks | {"fixed": str(fixed(CORRECT)), "finish": finish + blank, "both": both})
     return HEADER + "\n".join([*functions, _compose(s.slots), shoot, correct])
 
 

@@ -1,0 +1,80 @@
+"""`ps.tune`: measure a few tilings of the generated kernels for one shape, and keep the fastest for this device, on disk."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .cell import Cell, parameter_shapes
+from .errors import BackendError, bad_value
+from .op import as_seen
+from .plan import AUTO, compute_dtype, make_plan, plan_for
+from .scan import check_arguments, scan
+from .tiling import Tiling, remember, tuned
+
+
+def tune(
+    cell: Cell, x: Tensor, params: Tensor | Sequence[Tensor] | None = None, repeats: int = 20
+) -> dict[Tiling, float]:
+    """Seconds of forward and backward of `ps.scan(cell, x, params)` for each tiling tried, fastest first; the fastest is remembered.
+
+    - `x` (B, T, G, C) on a CUDA device: its shape, dtype and values decide, as a cell that forgets slowly needs other chunks.
+    - `params` as in `ps.scan`; None: zeros.
+    - `repeats`: timed runs of each tiling.
+
+    Later plans for the same cell, shape, dtype and device use it, in this process and others (`tilings.json` in the user's cache
+    folder). Raises `BackendError` where no kernel runs, and as `ps.scan` does.
+    """
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        bad_value("repeats", repr(repeats), "an integer >= 1")
+    if params is None:
+        params = [x.new_zeros(shape) for shape in parameter_shapes(cell, x.shape[3])]
+    given = check_arguments(cell, x, params, None, None)
+    plan, found = plan_for(cell, x, as_seen(cell, given, compute_dtype(x.dtype)), AUTO)
+    if plan.tiling is None or not x.is_cuda:
+        raise BackendError(f"tune: no kernel runs here: {'; '.join(plan.reasons) or 'x is on the CPU'}.")
+    key = (found.digest, str(x.dtype), *x.shape)
+    seconds = {}
+    try:
+        for tiling in _candidates(plan.tiling, x.shape[1], x.shape[3]):
+            tuned(x.device)[str(key)] = tiling
+            make_plan.cache_clear()
+            seconds[tiling] = _time(cell, x, given, repeats)
+    finally:
+        tuned(x.device).pop(str(key), None)
+        make_plan.cache_clear()
+    ranked = dict(sorted(seconds.items(), key=lambda pair: pair[1]))
+    remember(x.device, str(key), next(iter(ranked)))
+    return ranked
+
+
+def _candidates(start: Tiling, time: int, channels: int) -> list[Tiling]:
+    widths = {start.columns, *(w for w in (32, 64, 128) if w <= max(start.columns, channels))}
+    counts = {n for n in (start.chunks // 2, start.chunks, start.chunks * 2) if 1 <= n <= max(1, time // start.burn)}
+    return [
+        replace(start, columns=w, warps=max(1, w // 64), chunks=n, narrow=min(w, start.narrow))
+        for w in sorted(widths)
+        for n in sorted(counts)
+    ]
+
+
+def _time(cell: Cell, x: Tensor, params: list[Tensor], repeats: int) -> float:
+    leaves = [v.detach().clone().requires_grad_() for v in (x, *params)]
+    grad = torch.randn_like(x[:, :, 0])
+
+    def once() -> float:
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record(torch.cuda.current_stream(x.device))
+        y, _ = scan(cell, leaves[0], tuple(leaves[1:]) or None)
+        torch.autograd.grad(y, leaves, grad, allow_unused=True)
+        ended.record(torch.cuda.current_stream(x.device))
+        torch.cuda.synchronize(x.device)
+        return begun.elapsed_time(ended) / 1e3
+
+    for _ in range(3):
+        once()
+    return statistics.median(once() for _ in range(repeats))

@@ -1,0 +1,83 @@
+"""How kernels cut problems: laws of every choice, the three regimes, what `ps.tune` keeps."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import parashoot as ps
+from parashoot import plan, tiling
+from parashoot.tiling import Tiling, choose
+
+H100 = 132  # multiprocessors
+sizes = st.integers(1, 5000)
+
+
+@given(st.integers(1, 64), sizes, sizes, st.integers(1, 4), st.sampled_from([2, 4]), st.none() | st.integers(16, 600))
+def test_every_choice_covers_the_sequence(batch, time, channels, slots, itemsize, asked):
+    found, reasons = choose(batch, time, channels, slots, itemsize, H100, asked)
+    each, chunks = found.cut(time)
+    assert each * (chunks - 1) < time <= each * chunks
+    assert each % (found.unroll * found.pieces) == 0
+    assert found.columns & (found.columns - 1) == 0 and found.columns % found.narrow == 0
+    assert reasons
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks", "reason"),
+    [
+        ((16, 2048, 4096), 1, "fill the device"),
+        ((8, 2048, 2048), 4, "carries at once"),
+        ((1, 1048576, 256), 256, "carries at once"),
+        ((1, 64, 256), 1, "cutting them"),
+    ],
+    ids=["full", "usual", "long", "short"],
+)
+def test_regimes(shape, chunks, reason):
+    batch, time, channels = shape
+    found, reasons = choose(batch, time, channels, 1, 2, H100, None)
+    assert found.cut(time)[1] == chunks
+    assert reason in reasons[0]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tiling._tuned.cache_clear()
+    yield tmp_path / "parashoot"
+    tiling._tuned.cache_clear()
+    plan.make_plan.cache_clear()
+
+
+def test_what_was_tuned_is_found_again(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
+    device, chosen = torch.device("cuda"), Tiling(64, 1, 4, 4, 8)
+    tiling.remember(device, "one", chosen)
+    tiling.remember(device, "two", chosen)
+    tiling._tuned.cache_clear()
+    assert tiling.tuned(device) == {"one": chosen, "two": chosen}
+    (folder / "tilings.json").write_text(json.dumps({"a device": {"one": {"no such field": 1}}}))
+    tiling._tuned.cache_clear()
+    assert tiling.tuned(device) == {}
+
+
+def test_tuning_needs_a_device_that_runs_kernels():
+    with pytest.raises(ps.BackendError, match="no kernel runs here"):
+        ps.tune(ps.cells.gru, torch.randn(1, 8, 3, 4))
+    with pytest.raises(ps.ArgumentError, match="repeats"):
+        ps.tune(ps.cells.gru, torch.randn(1, 8, 3, 4), repeats=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_plan_uses_what_tuning_found(folder):
+    x = torch.randn(2, 1024, 3, 64, device="cuda", dtype=torch.bfloat16)
+    ranked = ps.tune(ps.cells.gru, x, repeats=3)
+    best = next(iter(ranked))
+    assert len(ranked) > 1 and list(ranked.values()) == sorted(ranked.values())
+    assert "ps.tune measured" in str(ps.explain(ps.cells.gru, x))
+    tiling._tuned.cache_clear()
+    plan.make_plan.cache_clear()
+    assert ps.explain(ps.cells.gru, x).plan.tiling == best
