@@ -50,7 +50,8 @@ def stages_for(slots: int) -> int:
     return 4 if slots == 1 else 3
 
 
-BURN = 32
+BURN = {2: 32, 4: 64}  # steps led in at first, by bytes a number: after so many, a cell that forgets is within tolerance
+_SHORTEST = 128  # steps of a chunk: leading in costs a fraction
 _STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full
 _LAUNCH = 6e-6  # of the second launch and of reading what the first recorded
 _ELEMENTS = 512  # carries that a multiprocessor advances at once: enough loads in flight to keep the memory busy
@@ -68,17 +69,17 @@ def choose(
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     else:
-        chunks, reasons = _chunks(batch * channels, time, unroll, full)
+        chunks, reasons = _chunks(batch * channels, time, unroll, full, BURN[itemsize])
     narrow = min(columns, 64 if slots <= 2 else 32)
-    return Tiling(columns, max(1, columns // 64), unroll, stages, chunks, BURN, 16, narrow), tuple(reasons)
+    return Tiling(columns, max(1, columns // 64), unroll, stages, chunks, BURN[itemsize], 16, narrow), tuple(reasons)
 
 
-def _chunks(width: int, time: int, unroll: int, full: int) -> tuple[int, list[str]]:
+def _chunks(width: int, time: int, unroll: int, full: int, burn: int) -> tuple[int, list[str]]:
     """How many chunks: enough to fill the device, few enough that leading into them costs little."""
     if width * 1.5 >= full:
         return 1, [f"one chunk: {width} channels fill the device"]
-    most = max(1, min(round(full / width), time // (4 * BURN)))
-    alone, cut = time * _STEP, (time / most + BURN) * _STEP + _LAUNCH
+    most = max(1, min(round(full / width), time // _SHORTEST))
+    alone, cut = time * _STEP, (time / most + burn) * _STEP + _LAUNCH
     if most == 1 or alone <= cut:
         return 1, [f"one chunk: {time} steps take {alone * 1e6:.0f} us, cutting them {cut * 1e6:.0f} us"]
     even = [n for n in range(most, max(1, most * 2 // 3), -1) if time % (n * unroll * max(1, 16 // n)) == 0]

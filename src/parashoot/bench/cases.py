@@ -100,7 +100,7 @@ SUITES = {
     "paper": Suite(
         "the loops that the parallel solution replaces: compiled at T = 512, as in the paper (which gives no batch "
         "and no width), and as Python runs it at T = 2048",
-        _cases("gru lstm", [(8, 512, 1024)], "float32") + _cases("gru", [SMALL], "float32"),
+        _cases("gru lstm", [(8, 512, 1024)], "float32") + _cases("gru", [SMALL], BOTH),
         (*OURS, "loop", "loop-graph", "loop-compiled"),
     ),
     "time": Suite(
