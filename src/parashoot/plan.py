@@ -226,7 +226,7 @@ def _kernel_plan(
         asked = time
     elif not isinstance(solver.chunk_length, str):
         asked = min(int(solver.chunk_length), time)
-    tiling, reasons = choose(batch, time, channels, len(cell.states), dtype.itemsize, processors, asked)
+    tiling, reasons = choose(batch, time, channels, len(cell.states), processors, asked)
     measured = tuned(device).get(str((digest, str(dtype), *x_shape))) if asked is None else None
     if measured is not None:
         tiling, reasons = measured, (f"{measured.chunks} chunks: the fastest that ps.tune measured on this device",)

@@ -50,7 +50,7 @@ def stages_for(slots: int) -> int:
     return 4 if slots == 1 else 3
 
 
-BURN = {2: 32, 4: 64}  # steps led in at first, by bytes a number: after so many, a cell that forgets is within tolerance
+BURN = 32  # steps led in at first
 _SHORTEST = 128  # steps of a chunk: leading in costs a fraction
 _STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full
 _LAUNCH = 6e-6  # of the second launch and of reading what the first recorded
@@ -58,7 +58,7 @@ _ELEMENTS = 512  # carries that a multiprocessor advances at once: enough loads 
 
 
 def choose(
-    batch: int, time: int, channels: int, slots: int, itemsize: int, processors: int, chunk_length: int | None
+    batch: int, time: int, channels: int, slots: int, processors: int, chunk_length: int | None
 ) -> tuple[Tiling, tuple[str, ...]]:
     """The tiling for x (B, T, G, C) on a device of so many multiprocessors, and the reasons; `chunk_length` as asked for or None."""
     unroll = unroll_for(slots)
@@ -69,9 +69,9 @@ def choose(
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     else:
-        chunks, reasons = _chunks(batch * channels, time, unroll, full, BURN[itemsize])
+        chunks, reasons = _chunks(batch * channels, time, unroll, full, BURN)
     narrow = min(columns, 64 if slots <= 2 else 32)
-    return Tiling(columns, max(1, columns // 64), unroll, stages, chunks, BURN[itemsize], 16, narrow), tuple(reasons)
+    return Tiling(columns, max(1, columns // 64), unroll, stages, chunks, BURN, 16, narrow), tuple(reasons)
 
 
 def _chunks(width: int, time: int, unroll: int, full: int, burn: int) -> tuple[int, list[str]]:
