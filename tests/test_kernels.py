@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import parashoot as ps
-from oracle import SHIPPED, by_loop, gradients, loop, loop_reversed, random_problem, random_resets, relative
+from oracle import SHIPPED, by_loop, gradients, leaves, loop, loop_reversed, random_problem, random_resets, relative
 from parashoot import plan
+from parashoot.op import encode
 from parashoot.tiling import Tiling
 from test_fuzz import Source
 
@@ -180,6 +181,34 @@ def test_strided_and_expanded_tensors_are_read_in_place(tiling):
     y = ps.scan(cell, gx, tuple(gp), gh, solver=KERNEL)[0]
     expanded = torch.autograd.grad(y.sum(), gx, retain_graph=True)[0]
     assert torch.equal(expanded, torch.autograd.grad(y, gx, torch.ones_like(y))[0])
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_compiled_into_one_graph(name, tiling):
+    """The operator's fake kernels know the shapes that kernels return, of saved states and reports too."""
+    tiling(LED)
+    cell = CHANNELWISE[name]
+    x, params, h0 = moved(*fp32_problem(cell, 1, 24, 4, 0.5))
+    run = lambda x, p, h: ps.scan(cell, x, tuple(p), h, solver=KERNEL)
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    dy, dh = torch.randn(1, 24, 4, device=DEVICE), torch.randn_like(h0)
+    got, want = (gradients(f, x, params, h0, dy, dh) for f in (compiled, run))
+    assert max(relative(g, w.double()) for g, w in zip(got, want, strict=True)) <= 1e-5
+    arguments = (*leaves(x), leaves(*params), *leaves(h0), None, cell.key, False, False, True, *encode(KERNEL))
+    torch.library.opcheck(torch.ops.parashoot.scan.default, arguments, test_utils="test_faketensor")
+
+
+def test_no_gradient_of_y_or_none_of_the_final_state(tiling):
+    tiling(LED)
+    cell = ps.cells.lstm
+    x, params, h0 = fp32_problem(cell, 2, 19, 3, 0.5)
+    dh = torch.randn(h0.shape)
+    oracle = by_loop(cell)
+    run = lambda x, p, h: ps.scan(cell, x, tuple(p), h, solver=KERNEL)
+    want = gradients(oracle, x.double(), [p.double() for p in params], h0.double(), None, dh.double())
+    got = gradients(run, *moved(x, params, h0), None, dh.to(DEVICE))
+    assert max(relative(g.cpu(), w) for g, w in zip(got, want, strict=True)) <= 1e-4
 
 
 @pytest.mark.parametrize("seed", range(40) if ON_GPU else range(0, 40, 8))

@@ -157,7 +157,8 @@ def scan_backward_op(
     """`_gradients` as an operator."""
     solver = _decode(length, tol, max_iters, jacobian, backend)
     number = float(stats[3])
-    return _gradients(dy, dh_n, x, params, h0, reset, states, number, get_cell(cell), reverse, solver)
+    d_x, d_params, d_h0 = _gradients(dy, dh_n, x, params, h0, reset, states, number, get_cell(cell), reverse, solver)
+    return d_x, [g.clone() for g in d_params], d_h0  # kernels sum all parameters in one tensor; an operator returns no views
 
 
 def _solve_backward(
