@@ -140,10 +140,10 @@ def _launch(
     common |= {"records": records, "FAST": fast, "WIDE": max(map(_extent, (x, given.get("dy_ptr", x)))) >= 2**31}
     ragged = lambda width, end: place["LO"] > 0 or channels % width != 0 or end != length
     shoot = {
-        "CL": each, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, 16 * tiling.burn),
+        "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, 16 * tiling.burn),
         "BD": columns, "ALONE": chunks == 1, "MASKED": ragged(columns, chunks * each), "num_warps": tiling.warps,
     }  # fmt: skip
-    jobs = [(kernels[0], (tiles, chunks, batch), common | shoot)]
+    jobs = [(kernels[0], (tiles * chunks * batch,), common | shoot)]
     report = facts
     if chunks > 1:
         narrow = min(tiling.narrow, columns)
@@ -154,11 +154,11 @@ def _launch(
         report = new(batch, narrow_tiles, 3)
         carries = 128 if made.slots <= 2 else 64  # a warp
         correct = {
-            "CL": snap * ratio, "chunks": used, "parts": chunks, "ratio": ratio, "sub": tiling.pieces, "floor": floor,
+            "CL": snap * ratio, "tiles": narrow_tiles, "chunks": used, "parts": chunks, "ratio": ratio, "sub": tiling.pieces, "floor": floor,
             "most": most or 2**30, "report_ptr": report, "NC": rows, "BD": narrow, "SPAN": columns // narrow,
             "MASKED": used != rows or ragged(narrow, used * ratio * snap), "num_warps": max(1, min(8, rows * narrow // carries)),
         }  # fmt: skip
-        jobs.append((kernels[1], (narrow_tiles, 1, batch), common | correct))
+        jobs.append((kernels[1], (narrow_tiles * batch,), common | correct))
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         _compile_together(jobs, x)
         for kernel, grid, arguments in jobs:

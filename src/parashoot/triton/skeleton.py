@@ -21,12 +21,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 _HEAD = """
-    tile, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    tile = program % tiles
     row = tl.arange(0, NC)[:, None]
     col = (tile * BD + tl.arange(0, BD))[None, :]
     inside = col < C
     zero = tl.zeros([NC, BD], tl.float32)
-    tiles = tl.num_programs(0)
     {setup}
 """
 
@@ -34,11 +33,13 @@ SHOOT = (
     """
 @triton.jit(do_not_specialize={fixed})
 def {name}_shoot(
-    {arguments}, starts_ptr, ends_ptr, facts_ptr, T0, DIR, LO, L, C, CL, chunks, snap, records, tol, burn, furthest,
+    {arguments}, starts_ptr, ends_ptr, facts_ptr, T0, DIR, LO, L, C, CL, tiles, chunks, snap, records, tol, burn, furthest,
     BD: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, ALONE: tl.constexpr, WIDE: tl.constexpr,
 ):
     NC: tl.constexpr = 1
-    part = tl.program_id(1)
+    program = tl.program_id(0)  # channels first, then chunks, then sequences: one grid axis, for only the first may be long
+    part = program // tiles % chunks
+    b = (program // tiles // chunks).to(tl.int64)
     parts = chunks
     chunk = part + 0 * tl.arange(0, 1)[:, None]
 """
@@ -89,9 +90,11 @@ CORRECT = (
     """
 @triton.jit(do_not_specialize={fixed})
 def {name}_correct(
-    {arguments}, starts_ptr, ends_ptr, facts_ptr, report_ptr, T0, DIR, LO, L, C, CL, chunks, parts, records, ratio, sub, tol, floor, most,
+    {arguments}, starts_ptr, ends_ptr, facts_ptr, report_ptr, T0, DIR, LO, L, C, CL, tiles, chunks, parts, records, ratio, sub, tol, floor, most,
     NC: tl.constexpr, SPAN: tl.constexpr, BD: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):
+    program = tl.program_id(0)
+    b = (program // tiles).to(tl.int64)
     part = 0
     chunk = tl.arange(0, NC)[:, None]
 """
