@@ -183,6 +183,36 @@ def test_strided_and_expanded_tensors_are_read_in_place(tiling):
     assert torch.equal(expanded, torch.autograd.grad(y, gx, torch.ones_like(y))[0])
 
 
+def test_states_and_resets_of_any_strides(tiling):
+    tiling(LED)
+    cell = ps.cells.lstm
+    x, params, h0 = fp32_problem(cell, 2, 11, 3, 0.5)
+    compare(cell, x, params, h0.permute(2, 1, 0).contiguous().permute(2, 1, 0), random_resets(11, 2).T, True)
+
+
+@pytest.mark.parametrize(("time", "channels"), [(1, 1), (3, 1), (5, 17)])
+@pytest.mark.parametrize("name", ["gru", "slstm"])
+def test_small_and_odd_sizes_by_the_plan_itself(name, time, channels):
+    cell = CHANNELWISE[name]
+    compare(cell, *fp32_problem(cell, 2, time, channels, 0.5))
+
+
+@ps.cell(output="a")
+def output_first(a: ps.State, b: ps.State, x: ps.Input, p: ps.Param):
+    return torch.tanh(p * b + x), 0.5 * a
+
+
+@ps.cell
+def constant_state(h: ps.State, c: ps.State, x: ps.Input, p: ps.Param):
+    return torch.full_like(h, 0.5), torch.tanh(c * p + h + x)
+
+
+@pytest.mark.parametrize("cell", [output_first, constant_state], ids=["output first", "constant state"])
+def test_unusual_cells(cell, tiling):
+    tiling(CORRECTED)
+    compare(cell, *fp32_problem(cell, 1, 14, 3, 0.5))
+
+
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_compiled_into_one_graph(name, tiling):
     """The operator's fake kernels know the shapes that kernels return, of saved states and reports too."""

@@ -46,7 +46,7 @@ def run_forward(
     batch, time, _, channels = x.shape
     made = source_of(found, cell, tiling.unroll, tiling.stages, all_states, reset is not None, save)
     y = x.new_empty(batch, time, len(made.outputs), channels)
-    h_n = torch.empty_like(h0)
+    h_n = h0.new_empty(h0.shape)
     given = {
         "x_ptr": x,
         **_params(params),
@@ -73,7 +73,7 @@ def run_backward(
     """(dx, dparams, dh0): `states` are y (B, T, 1, C) for a cell of one slot, the saved states for others; dy (B, T, O, C)."""
     batch, time, gates, channels = x.shape
     made = source_of(found, cell, tiling.unroll, tiling.stages, dy.shape[2] > 1, reset is not None, True)
-    dx, dh0 = x.new_empty(batch, time, gates, channels), torch.empty_like(h0)
+    dx, dh0 = x.new_empty(batch, time, gates, channels), h0.new_empty(h0.shape)
     unroll = tiling.unroll
     end = time if made.slots == 1 else -(-time // unroll) * unroll  # saved states stand at multiples of unroll
     chunks = tiling.cut(end)[1]
