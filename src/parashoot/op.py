@@ -158,7 +158,8 @@ def scan_backward_op(
     solver = _decode(length, tol, max_iters, jacobian, backend)
     number = float(stats[3])
     d_x, d_params, d_h0 = _gradients(dy, dh_n, x, params, h0, reset, states, number, get_cell(cell), reverse, solver)
-    return d_x, [g.clone() for g in d_params], d_h0  # kernels sum all parameters in one tensor; an operator returns no views
+    # Kernels sum all parameters in one tensor, and an operator may return no views.
+    return d_x, [g.clone() for g in d_params], d_h0
 
 
 def _solve_backward(
