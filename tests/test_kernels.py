@@ -194,7 +194,8 @@ def test_states_and_resets_of_any_strides(tiling):
 @pytest.mark.parametrize("name", ["gru", "slstm"])
 def test_small_and_odd_sizes_by_the_plan_itself(name, time, channels):
     cell = CHANNELWISE[name]
-    compare(cell, *fp32_problem(cell, 2, time, channels, 0.5))
+    x, params, h0 = fp32_problem(cell, 2, time, channels, 0.5)
+    compare(cell, x, params, h0)
 
 
 @ps.cell(output="a")
@@ -210,7 +211,8 @@ def constant_state(h: ps.State, c: ps.State, x: ps.Input, p: ps.Param):
 @pytest.mark.parametrize("cell", [output_first, constant_state], ids=["output first", "constant state"])
 def test_unusual_cells(cell, tiling):
     tiling(CORRECTED)
-    compare(cell, *fp32_problem(cell, 1, 14, 3, 0.5))
+    x, params, h0 = fp32_problem(cell, 1, 14, 3, 0.5)
+    compare(cell, x, params, h0)
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm"])
@@ -237,7 +239,8 @@ def test_no_gradient_of_y_or_none_of_the_final_state(tiling):
     oracle = by_loop(cell)
     run = lambda x, p, h: ps.scan(cell, x, tuple(p), h, solver=KERNEL)
     want = gradients(oracle, x.double(), [p.double() for p in params], h0.double(), None, dh.double())
-    got = gradients(run, *moved(x, params, h0), None, dh.to(DEVICE))
+    gx, gp, gh = moved(x, params, h0)
+    got = gradients(run, gx, gp, gh, None, dh.to(DEVICE))
     assert max(relative(g.cpu(), w) for g, w in zip(got, want, strict=True)) <= 1e-4
 
 
