@@ -228,7 +228,7 @@ def _kernel_plan(
         asked = min(int(solver.chunk_length), time)
     tiling, reasons = choose(batch, time, channels, len(cell.states), processors, asked)
     measured = tuned(device).get(str((digest, str(dtype), *x_shape))) if asked is None else None
-    if measured is not None:
+    if measured is not None and measured.unroll == tiling.unroll:  # saved states stand at multiples of it
         tiling, reasons = measured, (f"{measured.chunks} chunks: the fastest that ps.tune measured on this device",)
     length, chunks = tiling.cut(time)
     given = isinstance(solver, MultipleShooting)

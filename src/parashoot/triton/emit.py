@@ -21,7 +21,7 @@ EXPRESSIONS = {
 
 def power(base: str, exponent: float) -> str:
     """base ** exponent for a constant exponent."""
-    if exponent == int(exponent) and 1 <= abs(exponent) <= 8:
+    if 1 <= abs(exponent) <= 64 and exponent == int(exponent):
         product = " * ".join([base] * int(abs(exponent)))
         return product if exponent > 0 else f"1.0 / ({product})"
     return f"tl.exp({exponent!r} * tl.log({base}))"

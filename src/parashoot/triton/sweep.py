@@ -179,7 +179,11 @@ def backward(s: Source) -> str:
             out += _snapshot(s.slots)
         for u in range(s.unroll):
             out += _position(u)
-            out += [f"v{i} += g{u}_{n}.to(tl.float32)" for n, i in enumerate(s.outputs)]
+            for n, i in enumerate(s.outputs):
+                value = f"g{u}_{n}.to(tl.float32)"
+                out.append(
+                    f"v{i} += tl.where(ok, {value}, 0.0) if MASKED else {value}" if write else f"v{i} += {value}"
+                )
             given = s.given([f"f{u}_{i}" for i in slots], u)
             if jacobian:
                 line, values = call("jacobian", entries, given, "w")
