@@ -166,12 +166,13 @@ def _launch(
     return report.view(-1, 3)
 
 
+_CONSTANTS = {"BD", "NC", "SPAN", "FAST", "MASKED", "ALONE", "WIDE"}  # lengths compile nothing new
 _compiled: set[tuple] = set()
 
 
 def _compile_together(jobs: list[tuple[Any, tuple, dict[str, Any]]], x: Tensor) -> None:
     """Compile a new pair of kernels at the same time: most of the compiler runs outside Python's lock."""
-    constants = tuple(tuple(v for k, v in arguments.items() if k.isupper()) for _, _, arguments in jobs)
+    constants = tuple(tuple(v for k, v in arguments.items() if k in _CONSTANTS) for _, _, arguments in jobs)
     key = (*(id(kernel) for kernel, _, _ in jobs), constants, x.dtype, x.device)
     if x.is_cuda and len(jobs) > 1 and key not in _compiled and not torch.cuda.is_current_stream_capturing():
         _compiled.add(key)
