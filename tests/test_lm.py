@@ -15,10 +15,10 @@ from parashoot.errors import ArgumentError, ArgumentTypeError
 from parashoot.lm import Cache, ParaRNNConfig, ParaRNNForCausalLM, checkpoint, generate, generate_text
 from parashoot.lm import train as training
 from parashoot.lm.conv import CausalConv
-from parashoot.lm.data import Windows, load_text, split
 from parashoot.lm.evaluate import bits_per_byte
 from parashoot.lm.presets import DEMO, PRESETS
 from parashoot.lm.speed import layer_speed, plain_loop
+from parashoot.lm.text import Windows, load_text, split
 from parashoot.lm.train import DivergedError, parameter_groups, train
 from parashoot.lm.train_config import TrainConfig
 

@@ -1,4 +1,4 @@
-"""The command line: `parashoot train`, `generate`, `verify`, `explain`, `bench`. What a command needs is imported when it runs."""
+"""The command line: `parashoot data`, `train`, `eval`, `generate`, `verify`, `explain`, `bench`. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -38,6 +38,30 @@ def _parser() -> argparse.ArgumentParser:
         prog="parashoot", description="Nonlinear RNNs, trained in parallel over the sequence."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    data = commands.add_parser("data", help="turn text into token shards to train on", description=_data.__doc__)
+    data.add_argument("out", metavar="OUT", help="a new directory for the shards")
+    data.add_argument("name", nargs="?", choices=["enwik8"], help="a corpus by name")
+    data.add_argument("--text", nargs="+", metavar="FILE", help="files of text, each a document; splits by position")
+    data.add_argument("--jsonl", nargs="+", metavar="FILE", help="files with a JSON object a line; splits by content")
+    data.add_argument("--hf", metavar="NAME", help="a Hugging Face data set; splits by content")
+    data.add_argument(
+        "--check", action="store_true", help="compare the shards in OUT with their SHA-256, and write nothing"
+    )
+    data.add_argument(
+        "--field", default="text", help="where a document's text is, for --jsonl and --hf (default: text)"
+    )
+    data.add_argument("--subset", metavar="NAME", help="the configuration of --hf")
+    data.add_argument("--split", default="train", metavar="NAME", help="the split of --hf to read (default: train)")
+    data.add_argument("--streaming", action="store_true", help="read --hf as it is downloaded, keeping no copy")
+    data.add_argument(
+        "--validation", type=float, default=0.05, metavar="X", help="share to validate on (default: 0.05)"
+    )
+    data.add_argument("--test", type=float, default=0.0, metavar="X", help="share to test on (default: 0)")
+    data.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json (default: tokens are bytes)")
+    data.add_argument("--train-bpe", type=int, metavar="VOCAB", help="train a byte-pair encoding of that many tokens")
+    data.add_argument("--eot", metavar="TOKEN", help="the --tokenizer's token that begins documents (<|endoftext|>)")
+    data.set_defaults(run=_data)
 
     train = commands.add_parser("train", help="train a byte-level language model", description=_train.__doc__)
     train.add_argument("name", metavar="NAME_OR_JSON", help="'demo', or a JSON file of TrainConfig fields")
@@ -103,6 +127,52 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=_bench)
     return parser
+
+
+def _data(options: argparse.Namespace) -> int:
+    """Write text as memory-mapped token shards with document boundaries, for parashoot train and eval."""
+    from .errors import bad_value
+    from .lm import sources
+    from .lm.data import check_data
+    from .lm.prepare import prepare
+    from .lm.tokenizer import EOT, Bytes, Subwords
+
+    given = [n for n in ("name", "text", "jsonl", "hf", "check") if getattr(options, n)]
+    if len(given) != 1:
+        ways = "one of enwik8, --text, --jsonl, --hf, --check"
+        bad_value("source", " and ".join(given) or "none", ways, "parashoot data --help shows them.")
+    out, shares = Path(options.out), (options.validation, options.test)
+    if options.check:
+        print(f"{check_data(out)} files of {out} are as its index says.")
+        return 0
+    if not (min(shares) >= 0 and sum(shares) < 1):
+        bad_value(
+            "--validation and --test", f"{shares[0]:g} and {shares[1]:g}", "shares >= 0 that leave some to train on"
+        )
+    if options.tokenizer and options.train_bpe:
+        bad_value("--train-bpe", f"{options.train_bpe} with --tokenizer", "one of them")
+    if options.eot and not options.tokenizer:
+        bad_value("--eot", f"{options.eot!r} without --tokenizer", "both or neither")
+    tokenizer = Subwords.from_file(Path(options.tokenizer), options.eot or EOT) if options.tokenizer else Bytes()
+    if options.name:
+        source = sources.enwik8()
+    elif options.text:
+        source = sources.text_files([Path(p) for p in options.text], *shares)
+    elif options.jsonl:
+        source = sources.json_lines([Path(p) for p in options.jsonl], options.field, *shares)
+    else:
+        source = sources.hugging_face(
+            options.hf, options.subset, options.split, options.field, options.streaming, *shares
+        )
+    if options.train_bpe:
+        tokenizer = Subwords.train((p.text for p in source() if p.split == "train"), options.train_bpe)
+    index = prepare(out, source, tokenizer)
+    for name, facts in index["splits"].items():
+        print(f"{name}: {facts['tokens']:,} tokens, {facts['bytes']:,} bytes, {facts['documents']:,} documents")
+    print(
+        f"{out}: vocabulary of {index['vocab_size']:,}, {index['dtype']}. Train on it with: parashoot train CONFIG --data {out}"
+    )
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:

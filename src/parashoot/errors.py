@@ -7,6 +7,7 @@ A message names the argument, what came, what was expected and what to do. `Argu
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NoReturn
 
 
@@ -69,6 +70,14 @@ def bad_type(argument: str, came: Any, expected: str, remedy: str = "") -> NoRet
     raise ArgumentTypeError(
         f"{argument}: got {describe(came)}; expected {expected}." + (f" {remedy}" if remedy else "")
     )
+
+
+def needs_package(module: str, extra: str) -> Any:
+    """The optional package `module`, imported. Raises `ArgumentError` naming the `extra` that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        bad_value(module, f"no such package ({e})", "it installed", f"pip install 'parashoot[{extra}]'")
 
 
 def bad_cell(cell: str, problem: str, remedy: str, line: str = "") -> NoReturn:

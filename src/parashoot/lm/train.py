@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from ..errors import bad_value
 from . import checkpoint
-from .data import Windows, load_text, split
 from .interrupt import Interrupt
 from .model import ParaRNNForCausalLM
+from .text import Windows, load_text, split
 from .train_config import TrainConfig
 
 LOG, CURVE, REPORT = "log.jsonl", "loss.png", "report.json"
