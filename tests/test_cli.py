@@ -10,11 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from parashoot import cells, diagnostics
 from parashoot.cli import main
 from parashoot.lm import checkpoint
+from parashoot.lm.data import Data, Tokens
 from parashoot.scan import scan
 
 SRC = Path(__file__).parents[1] / "src"
@@ -26,15 +28,11 @@ def recipe(tmp_path, monkeypatch) -> str:
     """A training of a second or two, as a JSON file in the current directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("parashoot.lm.report.SPEED_LENGTH", 64)
-    Path("text.txt").write_text("".join(f"{a} times {b} is {a * b}. " for a in range(25) for b in range(25)))
-    facts = {
-        "model": MODEL,
-        "steps": 3,
-        "batch_size": 2,
-        "sequence_length": 24,
-        "learning_rate": 1e-3,
-        "text": "text.txt",
-    }
+    text = "".join(f"{a} times {b} is {a * b}. " for a in range(25) for b in range(25)).encode()
+    parts = {"train": text[:6000], "validation": text[6000:]}
+    splits = {k: Tokens(k, [np.frombuffer(v, np.uint8)], np.zeros(1, np.uint64), len(v)) for k, v in parts.items()}
+    monkeypatch.setattr("parashoot.lm.data.corpus", lambda: Data(256, None, splits, "of this test"))
+    facts = {"model": MODEL, "steps": 3, "batch_size": 2, "sequence_length": 24, "learning_rate": 1e-3}
     Path("tiny.json").write_text(json.dumps(facts))
     return "tiny.json"
 
@@ -67,14 +65,14 @@ def test_train_then_generate(recipe, capsys):
         "parashoot generate --checkpoint",
     ):
         assert words in out
-    assert {p.name for p in where.iterdir()} >= {"checkpoint.pt", "log.jsonl", "report.json"}
+    assert {p.name for p in where.iterdir()} >= {"step-000003", "latest", "log.jsonl", "report.json"}
     facts = json.loads((where / "report.json").read_text())
     assert facts["steps"] == 3
     assert facts["speed_ms"]["error"] < 1e-5
     command = [
         "generate",
         "--checkpoint",
-        str(where / "checkpoint.pt"),
+        str(where),
         "--prompt",
         "2 times",
         "--tokens",
@@ -97,10 +95,10 @@ def test_a_run_is_not_replaced_unasked(recipe, capsys):
     assert "--resume runs/tiny" in error
     assert "--overwrite" in error
     assert main(["train", recipe, "--steps", "2", "--overwrite"]) == 0
-    assert checkpoint.load("runs/tiny/checkpoint.pt")["step"] == 2
+    assert [p.name for p in checkpoint.steps(Path("runs/tiny"))] == ["step-000002"]
 
 
-def test_sigint_saves_and_resume_continues(recipe, capsys):
+def test_sigint_saves_and_says_how_to_continue(recipe, capsys):
     arguments = [sys.executable, "-m", "parashoot", "train", recipe, "--steps", "100000", "--out", "run"]
     environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -113,23 +111,21 @@ def test_sigint_saves_and_resume_continues(recipe, capsys):
     out, err = process.communicate(timeout=50)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert f"parashoot train {recipe} --resume run" in out
-    saved = checkpoint.load("run/checkpoint.pt")
-    assert saved["step"] == len(log.read_text().splitlines()) == len(saved["losses"])
-    saved["config"]["steps"] = saved["step"] + 1
-    checkpoint.save(Path("run/checkpoint.pt"), {k: v for k, v in saved.items() if k != "format"})
-    assert main(["train", recipe, "--resume", "run"]) == 0
-    assert checkpoint.load("run/checkpoint.pt")["step"] == saved["step"] + 1
+    assert f"parashoot train {recipe} --steps 100000 --resume run" in out
+    saved = checkpoint.facts(checkpoint.find("run"))
+    assert saved["step"] == len(log.read_text().splitlines())
 
 
 def test_training_errors_are_one_line(recipe, capsys, tmp_path):
     assert "demo" in fails(capsys, "train", "demmo")
-    assert "existing file" in fails(capsys, "train", recipe, "--text", "none.txt")
-    assert "directory with a checkpoint.pt" in fails(capsys, "train", recipe, "--resume", "none")
+    assert "directory with an index.json" in fails(capsys, "train", recipe, "--data", "none")
+    assert "directory of a run" in fails(capsys, "train", recipe, "--resume", "none")
     assert "'abacus'" in fails(capsys, "train", recipe, "--device", "abacus")
     assert "steps: got" in fails(capsys, "train", recipe, "--steps", "0")
     Path("short.txt").write_text("short")
-    assert "5 bytes" in fails(capsys, "train", recipe, "--text", "short.txt")
+    assert main(["data", "short", "--text", "short.txt"]) == 0
+    capsys.readouterr()
+    assert "5 tokens" in fails(capsys, "train", recipe, "--data", "short")
     Path("broken.json").write_text("{")
     assert "not JSON" in fails(capsys, "train", "broken.json")
     Path("extra.json").write_text(json.dumps({"model": MODEL, "stepz": 3}))
@@ -138,17 +134,32 @@ def test_training_errors_are_one_line(recipe, capsys, tmp_path):
     assert "400M" in fails(capsys, "train", "preset.json")
 
 
-def test_resume_keeps_the_settings_of_the_run(recipe, capsys):
-    assert main(["train", recipe, "--steps", "1", "--out", "run"]) == 0
+def test_resume_continues_the_run_that_it_names(recipe, capsys):
+    assert main(["train", recipe, "--steps", "2", "--out", "run"]) == 0
+    assert main(["train", recipe, "--steps", "2", "--resume", "run"]) == 0
+    assert "Trained 2 steps" in capsys.readouterr().out
+    assert "steps = 3 (saved: 2)" in fails(capsys, "train", recipe, "--resume", "run")
+    assert "model = " in fails(capsys, "train", "demo", "--resume", "run")
+    assert "--overwrite" in fails(capsys, "train", recipe, "--resume", "run", "--overwrite")
+
+
+def test_eval_prints_the_figures_of_a_split(recipe, capsys):
+    assert main(["train", recipe]) == 0
+    expected = json.loads(Path("runs/tiny/report.json").read_text())
     capsys.readouterr()
-    assert "--steps" in fails(capsys, "train", recipe, "--resume", "run", "--steps", "9")
-    assert "model of the run" in fails(capsys, "train", "demo", "--resume", "run")
+    assert main(["eval", "runs/tiny", "--split", "validation", "--streams", "32", "--lengths", "100"]) == 0
+    out = capsys.readouterr().out
+    assert f"bits per byte  {expected['validation_bits_per_byte']:.4f}" in out
+    assert f"perplexity     {expected['validation_perplexity']:.4f}" in out
+    assert "64-127" in out
+    assert "128-" not in out
+    assert "one of train, validation" in fails(capsys, "eval", "runs/tiny")
+    assert "--window" in fails(capsys, "eval", "runs/tiny", "--window", "0")
+    assert "directory of a run" in fails(capsys, "eval", "none")
 
 
 def test_generation_errors_are_one_line(capsys, tmp_path):
-    assert "existing file" in fails(capsys, "generate", "--checkpoint", str(tmp_path / "none.pt"))
-    (tmp_path / "bad.pt").write_bytes(b"bad")
-    assert "cannot be read" in fails(capsys, "generate", "--checkpoint", str(tmp_path / "bad.pt"))
+    assert "directory of a run" in fails(capsys, "generate", "--checkpoint", str(tmp_path / "none"))
 
 
 def test_explain(capsys):

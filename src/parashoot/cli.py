@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -20,14 +21,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(e.code or 0)
     if os.getcwd() not in sys.path:  # so that module:attribute finds a cell in the current directory
         sys.path.append(os.getcwd())
-    from .errors import ArgumentError, ArgumentTypeError, BackendError, CellError, StructureError
-    from .lm.train import DivergedError
+    from . import errors
 
+    wrong = (
+        errors.ArgumentError,
+        errors.ArgumentTypeError,
+        errors.BackendError,
+        errors.CellError,
+        errors.StructureError,
+    )
+    failed = (errors.DivergedError, errors.CheckpointError)
     try:
         return options.run(options)
-    except (ArgumentError, ArgumentTypeError, BackendError, CellError, StructureError, DivergedError, OSError) as e:
+    except (*wrong, *failed, OSError) as e:
         print(f"parashoot {options.command}: {' '.join(str(e).split())}", file=sys.stderr)
-        return 1 if isinstance(e, DivergedError) else 2
+        return 1 if isinstance(e, failed) else 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -63,20 +71,35 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--eot", metavar="TOKEN", help="the --tokenizer's token that begins documents (<|endoftext|>)")
     data.set_defaults(run=_data)
 
-    train = commands.add_parser("train", help="train a byte-level language model", description=_train.__doc__)
-    train.add_argument("name", metavar="NAME_OR_JSON", help="'demo', or a JSON file of TrainConfig fields")
+    train = commands.add_parser("train", help="train a language model", description=_train.__doc__)
+    train.add_argument("name", metavar="CONFIG", help="'demo', or a JSON file of TrainConfig fields")
     train.add_argument("--resume", metavar="DIR", help="continue the run in this directory")
     train.add_argument("--out", metavar="DIR", help="directory of the run (default: runs/NAME)")
     train.add_argument("--overwrite", action="store_true", help="replace a run that is there")
     train.add_argument("--steps", type=int, metavar="N", help="number of updates, instead of the configuration's")
-    train.add_argument("--text", metavar="FILE", help="text to train on, instead of the shipped corpus")
+    train.add_argument("--data", metavar="DIR", help="what parashoot data wrote, instead of the configuration's")
     train.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="bits per byte and perplexity of a split", description=_eval.__doc__)
+    evaluate.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="the directory of a run or of one of its checkpoints"
+    )
+    evaluate.add_argument("--data", metavar="DIR", help="what parashoot data wrote (default: what it trained on)")
+    evaluate.add_argument("--split", default="test", metavar="NAME", help="train, validation or test (default: test)")
+    evaluate.add_argument("--streams", type=int, default=8, metavar="N", help="pieces read side by side (default: 8)")
+    evaluate.add_argument("--window", type=int, default=1024, metavar="N", help="tokens a pass (default: 1024)")
+    evaluate.add_argument(
+        "--lengths", type=int, nargs="?", const=0, metavar="N",
+        help="also the loss by position, in pieces of N tokens (default: 8 times the training length)",
+    )  # fmt: skip
+    evaluate.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    evaluate.set_defaults(run=_eval)
 
     generate = commands.add_parser(
         "generate", help="continue a prompt with a trained model", description=_generate.__doc__
     )
-    generate.add_argument("--checkpoint", required=True, metavar="FILE")
+    generate.add_argument("--checkpoint", required=True, metavar="DIR", help="a run or one of its checkpoints")
     generate.add_argument("--prompt", default=PROMPT, metavar="TEXT")
     generate.add_argument("--tokens", type=int, default=400, metavar="N", help="bytes to produce (default: 400)")
     generate.add_argument(
@@ -176,62 +199,88 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    """Train a byte-level language model. Ctrl-C saves a checkpoint; --resume continues from it exactly."""
+    """Train a language model, on several processes under torchrun. Ctrl-C saves a checkpoint; --resume continues exactly."""
     from dataclasses import replace
 
     from .errors import bad_value
     from .lm import checkpoint
     from .lm.presets import find_training
+    from .lm.processes import processes
     from .lm.report import introduce, report
     from .lm.train import train
-    from .lm.train_config import TrainConfig
 
     name, config = find_training(options.name)
-    if options.resume is not None:
-        for flag in ("out", "overwrite", "steps", "text"):
-            if getattr(options, flag):
-                bad_value(
-                    f"--{flag}",
-                    f"{getattr(options, flag)!r} with --resume",
-                    "neither or one of them",
-                    "A resumed run keeps its own.",
-                )
-        directory = Path(options.resume)
-        if not (directory / checkpoint.NAME).is_file():
-            bad_value(
-                "--resume",
-                f"'{directory}'",
-                f"a directory with a {checkpoint.NAME}",
-                f"Start with: parashoot train {options.name}",
-            )
-        saved = TrainConfig.from_dict(checkpoint.load(directory / checkpoint.NAME)["config"])
-        if saved.model != config.model:
-            bad_value("NAME_OR_JSON", f"'{options.name}'", f"the model of the run in {directory}")
-        config = saved
-    else:
-        directory = Path(options.out or Path("runs") / name)
-        if (directory / checkpoint.NAME).exists() and not options.overwrite:
-            bad_value(
-                "--out",
-                f"'{directory}', which holds a run",
-                "a new directory",
-                f"Continue that run with --resume {directory}, or lose it with --overwrite.",
-            )
-        changes = {k: getattr(options, k) for k in ("steps", "text") if getattr(options, k) is not None}
-        config = replace(config, **changes)
-    again = f"parashoot train {options.name} --resume {directory}"
-    try:
-        run = train(
-            config, directory, resume=options.resume is not None, overwrite=options.overwrite, device=options.device,
-            on_start=lambda run: print(introduce(run), flush=True),
-        )  # fmt: skip
-        if not run.interrupted:
-            report(run, PROMPT)
-            return 0
-        print(f"\nStopped after step {run.step} of {config.steps}; nothing is lost. Continue with:\n  {again}")
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. Continue from the last checkpoint with:\n  {again}")
+    changes = {k: getattr(options, k) for k in ("steps", "data") if getattr(options, k) is not None}
+    flags = "".join(f" --{k} {v}" for k, v in changes.items())
+    config = replace(config, **changes)
+    directory = Path(options.resume or options.out or Path("runs") / name)
+    again = f"parashoot train {options.name}{flags} --resume {directory}"
+    if options.resume and (options.out or options.overwrite):
+        bad_value("--resume", "it with --out or --overwrite", "it alone", "A resumed run stays where it is.")
+    if (directory / checkpoint.LATEST).exists() and not (options.resume or options.overwrite):
+        bad_value(
+            "--out",
+            f"'{directory}', which holds a run",
+            "a new directory",
+            f"Continue that run with --resume {directory}, or lose it with --overwrite.",
+        )
+    with processes(options.device) as group:
+
+        def say(text: str) -> None:
+            if group.rank == 0:
+                print(text, flush=True)
+
+        try:
+            run = train(
+                config, directory, group, resume=options.resume is not None, overwrite=options.overwrite,
+                on_start=lambda run: say(introduce(run)),
+            )  # fmt: skip
+            if not run.interrupted:
+                report(run, PROMPT)
+                return 0
+            say(f"\nStopped after step {run.step} of {config.steps}; nothing is lost. Continue with:\n  {again}")
+        except KeyboardInterrupt:
+            say(f"\nInterrupted. Continue from the last checkpoint with:\n  {again}")
     return 130
+
+
+def _eval(options: argparse.Namespace) -> int:
+    """Bits per byte and perplexity of a checkpoint over a split, every token scored once with the state carried along."""
+    from .errors import bad_value
+    from .lm import checkpoint
+    from .lm.data import open_data
+    from .lm.evaluate import evaluate
+    from .lm.processes import Processes, choose_device, precision
+    from .lm.train import uses_bf16
+    from .lm.train_config import TrainConfig
+
+    for flag in ("streams", "window"):
+        if getattr(options, flag) < 1:
+            bad_value(f"--{flag}", str(getattr(options, flag)), "an integer >= 1")
+    if options.lengths is not None and options.lengths < 0:
+        bad_value("--lengths", str(options.lengths), "an integer >= 1")
+    path = checkpoint.find(options.checkpoint)
+    config = TrainConfig.from_dict(checkpoint.facts(path)["config"])
+    tokens = open_data(options.data or config.data).split(options.split)
+    if len(tokens) < 2:
+        bad_value("--split", f"{len(tokens)} tokens ({tokens.name})", "at least 2 to predict one")
+    group = Processes(0, 1, choose_device(options.device))
+    model = checkpoint.load_model(path, group.device)
+    lower = precision(group, uses_bf16(config, group))
+    found = evaluate(model, tokens, batch=options.streams, window=options.window, lower=lower)
+    print(f"{path}: {found.scored:,} tokens of {tokens.name}")
+    print(
+        f"bits per byte  {found.bits_per_byte:.4f}\nperplexity     {found.perplexity:.4f}\nloss           {found.loss:.4f}"
+    )
+    if options.lengths is not None:
+        stream = options.lengths or 8 * config.sequence_length
+        found = evaluate(model, tokens, stream=stream, batch=options.streams, window=options.window, lower=lower)
+        print(f"\nLoss by position in pieces of {stream:,} tokens (trained on {config.sequence_length:,}):")
+        print(f"{'position':>17} {'tokens':>12} {'loss':>8} {'perplexity':>11}")
+        for first, last, count, nats in found.by_position:
+            loss = nats / count
+            print(f"{f'{first:,}-{last - 1:,}':>17} {count:12,} {loss:8.4f} {math.exp(min(loss, 700)):11.3f}")
+    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:

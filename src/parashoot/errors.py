@@ -50,6 +50,14 @@ class ConvergenceError(RuntimeError):
         )
 
 
+class DivergedError(RuntimeError):
+    """The loss of a training or its gradient became infinite or NaN; the last checkpoint is from before that."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the one before it is untouched."""
+
+
 def describe(value: Any) -> str:
     """What came, in a few words: shape, dtype and device of a tensor, otherwise type and value."""
     shape = getattr(value, "shape", None)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 
-def loss_curve(losses: list[float], validation: float, path: Path) -> bool:
-    """Draw the training losses (nats) as bits per byte, and the final `validation` value; False without matplotlib."""
+def loss_curve(bits: list[float], validation: float | None, path: Path) -> bool:
+    """Draw the bits per byte of each training step, and the final `validation` value; False without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    bits = [v / math.log(2) for v in losses]
     smooth, mean = [], bits[0]
     for v in bits:
         mean += (v - mean) * 0.05
@@ -24,7 +22,8 @@ def loss_curve(losses: list[float], validation: float, path: Path) -> bool:
     steps = range(1, len(bits) + 1)
     axes.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step")
     axes.plot(steps, smooth, color="tab:blue", label="training, smoothed")
-    axes.plot([len(bits)], [validation], "o", color="tab:red", label=f"validation {validation:.3f}")
+    if validation is not None:
+        axes.plot([len(bits)], [validation], "o", color="tab:red", label=f"validation {validation:.3f}")
     axes.set(xlabel="step", ylabel="bits per byte")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -17,7 +17,15 @@ PRESETS = {
     "7B": ParaRNNConfig(vocab_size=50432, hidden_size=4096, num_hidden_layers=32),
 }
 
-DEMO = TrainConfig(model=PRESETS["demo"], steps=2900, batch_size=4, sequence_length=256, learning_rate=6e-3)
+DEMO = TrainConfig(
+    model=PRESETS["demo"],
+    steps=2900,
+    batch_size=4,
+    sequence_length=256,
+    learning_rate=6e-3,
+    weight_decay=6e-4,
+    warmup=0.05,
+)
 
 TRAININGS = {"demo": DEMO}
 

@@ -1,68 +1,92 @@
-"""What a finished run prints: validation, a sample, the measured speed, and where everything is."""
+"""What a finished run prints: validation, and for the demo a sample and the measured speed, and where everything is."""
 
 from __future__ import annotations
 
 import copy
 import json
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from ..plan import Explanation
 from ..scan import explain
-from .evaluate import bits_per_byte
+from .evaluate import Evaluation, evaluate
 from .generate import generate_text
-from .model import ParaRNNForCausalLM
+from .log import LOG, read_log
+from .models import recurrent_layers
 from .plot import loss_curve
+from .processes import precision
 from .speed import layer_speed
-from .train import CURVE, LOG, REPORT, Run
+from .train import CURVE, REPORT, Run
 
 SPEED_LENGTH = 4096
 
 
-def training_plan(run: Run) -> Explanation:
-    """How the recurrence runs over time at the shape of a training step."""
-    layer = run.model.recurrent_layers()[0]
-    shape = (run.config.batch_size, run.config.sequence_length, len(layer.cell.inputs), layer.hidden_size)
-    return explain(layer.cell, torch.empty(shape, device=run.device))
-
-
 def introduce(run: Run) -> str:
     """What is about to be trained, in two lines."""
-    c, m = run.config, run.config.model
-    plan = training_plan(run).plan
-    how = (
-        "step by step (the batch fills this machine)"
-        if plan.chunks == 1
-        else f"in {plan.chunks} parallel chunks of {plan.chunk_length} steps"
-    )
-    where = f"{run.device}" + (f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else "")
+    c, group = run.config, run.group
+    count = sum(p.numel() for p in run.model.parameters())
+    facts = {k: v for k, v in c.model.to_dict().items() if k in ("hidden_size", "num_hidden_layers", "cell")}
+    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    where = f"{group.size} x {run.device.type}" if group.size > 1 else f"{run.device}"
     return (
-        f"{run.model.num_parameters():,} parameters: {m.num_hidden_layers} blocks of width {m.hidden_size}, cell {m.cell}; on {where}.\n"
-        f"{c.steps} steps of {c.batch_size} x {c.sequence_length} bytes from {c.text or 'the shipped corpus'}; time runs {how}."
+        f"{count:,} parameters ({', '.join(f'{k} {v}' for k, v in facts.items())}); on {where}{threads}, "
+        f"{'bf16' if run.bf16 else 'fp32'}.\n"
+        f"{c.steps} steps of {c.batch_size} x {c.sequence_length} tokens from {c.data or 'the shipped corpus'}{_plan(run)}."
     )
+
+
+def _plan(run: Run) -> str:
+    """How the recurrence runs over time at the shape of a training step."""
+    layers = recurrent_layers(run.model)
+    if not layers:
+        return ""
+    micro, layer = run.config.micro_batch(run.group.size), layers[0]
+    shape = (micro, run.config.sequence_length, len(layer.cell.inputs), layer.hidden_size)
+    plan = explain(layer.cell, torch.empty(shape, device=run.device)).plan
+    if plan.chunks == 1:
+        return "; time runs step by step (the batch fills this machine)"
+    return f"; time runs in {plan.chunks} parallel chunks of {plan.chunk_length} steps"
 
 
 def report(run: Run, prompt: str, sample_bytes: int = 400) -> None:
-    """Evaluate the run and print the results; also written to report.json in its directory."""
-    validation = bits_per_byte(run.model, run.validation)
-    print(f"\nTrained {run.step} steps in {run.seconds / 60:.1f} minutes, {run.tokens_per_second:,.0f} bytes/s.")
-    print(
-        f"Validation: {validation:.3f} bits per byte over {run.validation.shape[0]:,} bytes that were not trained on."
-    )
+    """Evaluate the run and print the results; also written to report.json in its directory. Every process calls it."""
+    found = _validation(run)
+    if run.group.rank:
+        return
+    facts: dict[str, Any] = {
+        "steps": run.step, "minutes": run.seconds / 60, "tokens_per_s": run.tokens_per_second,
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    print(f"\nTrained {run.step} steps in {run.seconds / 60:.1f} minutes, {run.tokens_per_second:,.0f} tokens/s.")
+    if found is not None:
+        facts |= {"validation_bits_per_byte": found.bits_per_byte, "validation_perplexity": found.perplexity}
+        print(
+            f"Validation: {found.bits_per_byte:.3f} bits per byte, perplexity {found.perplexity:.2f}, "
+            f"over {found.scored:,} tokens that were not trained on."
+        )
+    if run.config.data is None and run.group.size == 1:
+        facts |= _demonstrate(run, prompt, sample_bytes)
+    (run.directory / REPORT).write_text(json.dumps(facts, indent=2) + "\n")
+    losses = [line["bits_per_byte"] for line in read_log(run.directory)]
+    drawn = loss_curve(losses, found and found.bits_per_byte, run.directory / CURVE)
+    print(f"Loss curve: {run.directory / CURVE}" if drawn else "Loss curve: not drawn, matplotlib is not installed.")
+    print(f"Log: {run.directory / LOG}\nCheckpoint: {run.saved}")
+    print(f'Go on from it: parashoot generate --checkpoint {run.directory} --prompt "{prompt}"')
+
+
+def _validation(run: Run) -> Evaluation | None:
+    tokens = run.data.splits.get("validation")
+    if tokens is None or len(tokens) < 2:
+        return None
+    return evaluate(run.model, tokens, batch=32, window=512, lower=precision(run.group, run.bf16))
+
+
+def _demonstrate(run: Run, prompt: str, sample_bytes: int) -> dict[str, Any]:
+    """A sample of the byte-level model, and the speed of its first layer."""
     sample = generate_text(run.model, prompt, sample_bytes, temperature=0.8, top_k=40, seed=run.config.seed)
     print(f"\nSample:\n{prompt}{sample}\n")
-    on_cpu: ParaRNNForCausalLM = copy.deepcopy(run.model).cpu()
-    tokens = run.validation.repeat(-(-SPEED_LENGTH // run.validation.shape[0]))[:SPEED_LENGTH].long()
-    speed = layer_speed(on_cpu, tokens)
+    tokens = torch.from_numpy(run.data.split("validation").read(0, SPEED_LENGTH))
+    speed = layer_speed(copy.deepcopy(run.model).cpu(), tokens)
     print(f"Speed: {speed}\n")
-    facts = {
-        "steps": run.step, "minutes": run.seconds / 60, "bytes_per_s": run.tokens_per_second,
-        "validation_bits_per_byte": validation, "speed_ms": asdict(speed), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "sample": prompt + sample,
-    }  # fmt: skip
-    (run.directory / REPORT).write_text(json.dumps(facts, indent=2) + "\n")
-    drawn = loss_curve(run.losses, validation, run.directory / CURVE)
-    print(f"Loss curve: {run.directory / CURVE}" if drawn else "Loss curve: not drawn, matplotlib is not installed.")
-    print(f"Log: {run.directory / LOG}\nCheckpoint: {run.checkpoint}")
-    print(f'Go on from it: parashoot generate --checkpoint {run.checkpoint} --prompt "{prompt}"')
+    return {"sample": prompt + sample, "speed_ms": asdict(speed)}

@@ -1,15 +1,13 @@
-"""Training on bytes: a loop that can be interrupted at any step and continued with the same result.
+"""Training: a loop that can be interrupted or killed at any step and continued with the same result, on one process or many.
 
-Files of a run in its directory: checkpoint.pt, log.jsonl (a line a step), and at the end report.json and loss.png.
+Files of a run in its directory: `step-000100` and its like (checkpoints), `latest`, log.jsonl (a line a step), and at the end
+report.json and loss.png.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
-import sys
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,217 +16,212 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.distributed.tensor import DTensor
 
-from ..errors import bad_value
+from ..errors import DivergedError, bad_value
 from . import checkpoint
+from .data import Data, Windows, open_data
 from .interrupt import Interrupt
-from .model import ParaRNNForCausalLM
-from .text import Windows, load_text, split
-from .train_config import TrainConfig
+from .log import LOG, TENSORBOARD, Log, cut_log
+from .models import build_model, parameter_groups
+from .processes import Processes, place, precision
+from .train_config import FREE, TrainConfig
+from .watch import first_non_finite, last_non_finite_gradient, solver_statistics
 
-LOG, CURVE, REPORT = "log.jsonl", "loss.png", "report.json"
-
-
-class DivergedError(RuntimeError):
-    """The loss or its gradient became infinite or NaN; the last checkpoint is from before that."""
+CURVE, REPORT = "loss.png", "report.json"
 
 
 @dataclass
 class Run:
-    """A run as it stands: after `step` updates, `seconds` of training, the loss of each update in `losses`.
-
-    `saved_step` is that of the checkpoint, None before the first; `interrupted` by a signal.
-    """
+    """A run as it stands: after `step` updates and `seconds` of training. `saved`: its last checkpoint, None before the first;
+    `interrupted` by a signal."""
 
     config: TrainConfig
     directory: Path
-    device: torch.device
-    model: ParaRNNForCausalLM
+    group: Processes
+    data: Data
+    model: Any
     optimizer: torch.optim.Optimizer
     windows: Windows
-    validation: Tensor
-    text_sha256: str
-    step: int
-    seconds: float
-    losses: list[float]
-    saved_step: int | None = None
+    step: int = 0
+    seconds: float = 0.0
+    saved: Path | None = None
     interrupted: bool = False
 
     @property
-    def checkpoint(self) -> Path:
-        return self.directory / checkpoint.NAME
+    def device(self) -> torch.device:
+        return self.group.device
+
+    @property
+    def bf16(self) -> bool:
+        """Whether forward and backward passes compute in bfloat16."""
+        return uses_bf16(self.config, self.group)
 
     @property
     def tokens_per_second(self) -> float:
         return self.step * self.config.batch_size * self.config.sequence_length / max(self.seconds, 1e-9)
 
 
+def uses_bf16(config: TrainConfig, group: Processes) -> bool:
+    """The precision that a configuration asks for, on this device by default."""
+    return (config.precision or ("bf16" if group.device.type == "cuda" else "fp32")) == "bf16"
+
+
 def train(
     config: TrainConfig,
     directory: str | Path,
+    group: Processes,
     *,
     resume: bool = False,
     overwrite: bool = False,
-    device: str | torch.device | None = None,
     on_start: Callable[[Run], None] | None = None,
 ) -> Run:
     """Train to `config.steps`, or until Ctrl-C or SIGTERM, which save a checkpoint (then `run.interrupted` is True).
 
-    - `directory`: where the run's files go. With a checkpoint in it, either `resume` continues exactly where that was
+    - `directory`: where the run's files go. With a run in it, either `resume` continues exactly where its last checkpoint was
       written, or `overwrite` starts anew; neither is an error.
-    - `device`: None takes a GPU if there is one. On a GPU the passes run under bfloat16 autocast.
+    - `group`: the processes that train together, from `processes()`; each calls this.
     - `on_start` receives the run before its first step.
 
-    Raises `ArgumentError`, and `DivergedError` naming the step at which the loss was not finite.
+    Raises `ArgumentError`; `DivergedError` naming the step and the layer where a number was not finite; `CheckpointError`.
     """
-    run = _open(config, Path(directory), resume, overwrite, choose_device(device))
+    run = _open(config, Path(directory), group, resume, overwrite)
     if on_start is not None:
         on_start(run)
-    with Interrupt() as interrupt, open(run.directory / LOG, "a") as log, _bar(run) as bar:
-        while run.step < config.steps and not interrupt.received:
+    bits = len(run.windows.tokens) / run.windows.tokens.bytes / math.log(2)
+    log = Log(run.directory, run.step, config.steps, tensorboard=config.tensorboard, speaks=group.rank == 0)
+    with Interrupt() as interrupt, log:
+        while run.step < config.steps and not run.interrupted:
             start = time.perf_counter()
-            loss, norm = _update(run)
-            run.step, run.seconds = run.step + 1, run.seconds + time.perf_counter() - start
-            run.losses.append(loss)
-            facts = {"loss": loss, "bits_per_byte": loss / math.log(2), "tokens_per_s": run.tokens_per_second}
-            rate = config.learning_rate_at(run.step - 1)
-            log.write(json.dumps({"step": run.step, **facts, "learning_rate": rate, "grad_norm": norm}) + "\n")
-            log.flush()
-            bar.set_postfix_str(
-                f"loss {loss:.3f}, {facts['bits_per_byte']:.3f} bits/byte, {facts['tokens_per_s']:,.0f} tokens/s", False
-            )
-            bar.update()
+            facts = _update(run, interrupt)
+            seconds = time.perf_counter() - start
+            run.step, run.seconds = run.step + 1, run.seconds + seconds
+            facts["bits_per_byte"] = facts["loss"] * bits
+            facts["tokens_per_s"] = config.batch_size * config.sequence_length / seconds
+            log.write({"step": run.step, **facts})
             if run.step % config.checkpoint_every == 0:
                 _save(run)
-        if run.saved_step != run.step:
+        if run.saved is None or checkpoint.facts(run.saved)["step"] != run.step:
             _save(run)
-    run.interrupted = interrupt.received
     return run
 
 
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; for None a GPU if there is one. Raises `ArgumentError` if it is not there."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        bad_value("device", f"'{device}'", "a device of this machine", f"PyTorch says: {str(e).splitlines()[0][:120]}")
-    return found
-
-
-def parameter_groups(model: ParaRNNForCausalLM, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices, which decay, and the rest: vectors, also where several are stored as one tensor."""
-    stacked = ("mixer.conv.weight", "mixer.rnn.bias_l0", "mixer.rnn.weight_hh_l0")
-    groups: tuple[list, list] = ([], [])
-    for name, p in model.named_parameters():
-        groups[p.dim() < 2 or name.endswith(stacked)].append(p)
-    return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
-
-
-def _update(run: Run) -> tuple[float, float]:
-    """One step of the optimizer; its loss (nats) and the norm of the gradient before clipping."""
-    config, ids = run.config, run.windows.draw().to(run.device)
-    rate = config.learning_rate_at(run.step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    lower = torch.autocast("cuda", torch.bfloat16) if run.device.type == "cuda" else contextlib.nullcontext()
-    with lower:
-        loss = run.model(ids, labels=ids).loss
+def _update(run: Run, interrupt: Interrupt) -> dict[str, Any]:
+    """One step of the optimizer, and what to log of it; sets `run.interrupted` on all processes where one got a signal."""
+    config, model = run.config, run.model
+    batches = _draw(run)
+    facts: dict[str, Any] = {}
+    if run.step % config.statistics_every == 0:
+        with precision(run.group, run.bf16):
+            facts["solver"] = solver_statistics(model, *batches[0])
+    sums = torch.zeros(2, device=run.device)
     run.optimizer.zero_grad()
-    loss.backward()
-    norm = float(nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip))
-    for name, value in (("loss", float(loss.detach())), ("gradient norm", norm)):
-        if not math.isfinite(value):
-            saved = f"the checkpoint of step {run.saved_step} is kept: {run.checkpoint}"
-            kept = saved if run.saved_step is not None else "no checkpoint was due yet"
-            raise DivergedError(
-                f"{name} is {value} at step {run.step + 1}; {kept}. Lower learning_rate ({config.learning_rate:g})."
-            )
+    for ids, reset in batches:
+        with precision(run.group, run.bf16):
+            out = model(input_ids=ids, labels=ids, reset=reset)
+        square = torch.logsumexp(out.logits[:, :-1].float(), -1).square().mean()
+        ((out.loss + config.z_loss * square) / len(batches)).backward()
+        sums += torch.stack([out.loss.detach(), square.detach()]).float() / len(batches)
+    total = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+    signals = torch.full_like(sums[:1], float(interrupt.received))
+    loss, square, signals = (run.group.sum(torch.cat([sums, signals])) / run.group.size).tolist()
+    _check_finite(run, {"loss": loss, "gradient norm": norm}, batches)
+    nn.utils.clip_grads_with_norm_(list(model.parameters()), config.grad_clip, total)
+    rate = config.learning_rate_at(run.step)
+    for settings in run.optimizer.param_groups:
+        settings["lr"] = rate
     run.optimizer.step()
-    return float(loss.detach()), norm
+    run.interrupted = signals > 0
+    return {"loss": loss, "log_partition_squared": square, "grad_norm": norm, "learning_rate": rate, **facts}
 
 
-def _open(config: TrainConfig, directory: Path, resume: bool, overwrite: bool, device: torch.device) -> Run:
-    path = directory / checkpoint.NAME
-    if resume:
-        if not path.is_file():
-            bad_value(
-                "resume", f"'{directory}'", f"a directory with a {checkpoint.NAME}", "Start a run there without resume."
-            )
-        saved = checkpoint.load(path)
-    elif path.exists() and not overwrite:
-        bad_value(
-            "directory",
-            f"'{directory}', which holds a run",
-            "a new directory",
-            "Pass resume to continue it or overwrite to lose it.",
-        )
-    text = load_text(config.text)
-    training, validation = split(text, config.sequence_length)
-    torch.manual_seed(config.seed)
-    model = ParaRNNForCausalLM(config.model).to(device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
+def _draw(run: Run) -> list[tuple[Tensor, Tensor | None]]:
+    """This process's part of the next batch, in the pieces that one pass takes: ids and reset."""
+    ids, reset = run.windows.draw(run.config.batch_size, run.group.rank, run.group.size)
+    micro = run.config.micro_batch(run.group.size)
+    parts = ids.to(run.device).split(micro)
+    resets = reset.to(run.device).split(micro) if reset is not None else [None] * len(parts)
+    return list(zip(parts, resets, strict=True))
+
+
+def _check_finite(run: Run, values: dict[str, float], batches: list[tuple[Tensor, Tensor | None]]) -> None:
+    """Raise `DivergedError` on all processes if a value is not finite, naming where that began."""
+    wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    if not wrong:
+        return
+
+    def again() -> None:
+        with precision(run.group, run.bf16):
+            for ids, reset in batches:
+                run.model(input_ids=ids, reset=reset)
+
+    gradient = last_non_finite_gradient(run.model)
+    forward = [f for f in run.group.gather(first_non_finite(run.model, again)) if f]
+    where = f"the output of {forward[0]}" if forward else f"the gradient of {gradient}" if gradient else "the loss"
+    kept = f"the checkpoint {run.saved} is kept" if run.saved is not None else "no checkpoint was due yet"
+    raise DivergedError(
+        f"{wrong[0]} at step {run.step + 1}, first in {where}; {kept}. "
+        f"Lower learning_rate ({run.config.learning_rate:g}) or lengthen warmup ({run.config.warmup:g})."
     )
-    windows = Windows(training, config.batch_size, config.sequence_length, config.seed)
-    digest = hashlib.sha256(text).hexdigest()
-    run = Run(config, directory, device, model, optimizer, windows, validation, digest, 0, 0.0, [])
+
+
+def _open(config: TrainConfig, directory: Path, group: Processes, resume: bool, overwrite: bool) -> Run:
+    config.micro_batch(group.size)
+    there = [n for n in (checkpoint.LATEST, LOG) if (directory / n).exists()]
+    if resume:
+        saved = checkpoint.find(directory)
+    elif there and not overwrite:
+        bad_value(
+            "directory", f"'{directory}', which holds a run", "a new directory",
+            "Pass resume to continue it or overwrite to lose it.",
+        )  # fmt: skip
+    data = open_data(config.data)
+    if data.vocab_size > config.model.vocab_size:
+        bad_value(
+            "model.vocab_size", str(config.model.vocab_size), f"at least the {data.vocab_size} tokens of {config.data}"
+        )
+    windows = Windows(data.split("train"), config.sequence_length, config.seed)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model)
+    bf16 = uses_bf16(config, group)
+    place(model, group, bf16=bf16, compiled=config.compile, checkpointed=config.activation_checkpointing)
+    groups = parameter_groups(model, config.weight_decay / config.learning_rate)  # AdamW multiplies by the rate
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    run = Run(config, directory, group, data, model, optimizer, windows)
     if resume:
         _restore(run, saved)
-    else:
+    elif group.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        for name in (checkpoint.NAME, LOG, CURVE, REPORT):
+        for old in (*checkpoint.steps(directory), directory / TENSORBOARD):
+            shutil.rmtree(old, ignore_errors=True)
+        for name in (checkpoint.LATEST, LOG, CURVE, REPORT):
             (directory / name).unlink(missing_ok=True)
+    group.barrier()
     return run
 
 
 def _save(run: Run) -> None:
-    checkpoint.save(run.checkpoint, _state(run))
-    run.saved_step = run.step
-
-
-def _state(run: Run) -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
-    return {
-        "config": run.config.to_dict(), "step": run.step, "seconds": run.seconds, "losses": run.losses,
-        "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "data": run.windows.state_dict(),
-        "rng": torch.get_rng_state(), "cuda_rng": cuda, "text_sha256": run.text_sha256,
+    rest = {
+        "config": run.config.to_dict(), "seconds": run.seconds, "windows": run.windows.state_dict(),
+        "data": run.data.fingerprint,
     }  # fmt: skip
-
-
-def _restore(run: Run, saved: dict[str, Any]) -> None:
-    if saved["config"] != run.config.to_dict():
-        changed = [k for k, v in run.config.to_dict().items() if saved["config"].get(k) != v]
-        bad_value(
-            "config",
-            f"other values than the checkpoint's for {', '.join(changed)}",
-            "the configuration of the run that is continued",
-        )
-    if saved["text_sha256"] != run.text_sha256:
-        bad_value("text", "a text that changed since the checkpoint was written", "the same text, or a new run")
-    run.model.load_state_dict(saved["model"])
-    run.optimizer.load_state_dict(saved["optimizer"])
-    run.windows.load_state_dict(saved["data"])
-    torch.set_rng_state(saved["rng"])
-    if saved["cuda_rng"] is not None and run.device.type == "cuda":
-        torch.cuda.set_rng_state(saved["cuda_rng"], run.device)
-    run.step, run.seconds, run.losses = saved["step"], saved["seconds"], saved["losses"]
-    run.saved_step = run.step
-    _cut_log(run.directory / LOG, run.step)
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, which a killed run wrote after its last checkpoint."""
-    lines = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
-    path.write_text("".join(lines))
-
-
-def _bar(run: Run) -> tqdm:
-    """A progress bar, seldom redrawn where it goes to a file."""
-    interval = 0.2 if sys.stderr.isatty() else 15.0
-    return tqdm(
-        total=run.config.steps, initial=run.step, desc="training", unit="step", mininterval=interval, dynamic_ncols=True
+    run.saved = checkpoint.save(
+        run.directory, run.step, run.model, run.optimizer, rest, run.config.keep_checkpoints, run.group
     )
+
+
+def _restore(run: Run, path: Path) -> None:
+    saved = checkpoint.facts(path)
+    mine = run.config.to_dict()
+    changed = [k for k, v in mine.items() if k not in FREE and saved["config"].get(k) != v]
+    if changed:
+        values = ", ".join(f"{k} = {mine[k]!r} (saved: {saved['config'].get(k)!r})" for k in changed)
+        bad_value("config", values, f"the values of the checkpoint {path}", "Or start a new run.")
+    if saved["data"] != run.data.fingerprint:
+        bad_value("data", "other data than the checkpoint's", "the same data", "Or start a new run.")
+    checkpoint.load(path, run.model, run.optimizer, run.group)
+    run.windows.load_state_dict(saved["windows"])
+    run.step, run.seconds, run.saved = saved["step"], saved["seconds"], path
+    if run.group.rank == 0:
+        cut_log(run.directory, run.step)

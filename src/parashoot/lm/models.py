@@ -1,0 +1,60 @@
+"""Language models by `model_type`, and the few things that training and evaluation know about how one is built.
+
+A model maps `model(input_ids, labels=..., reset=...)` to an output with `loss` and `logits`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import bad_type, bad_value
+from ..layers import RNN
+from .config import ParaRNNConfig
+from .model import ParaRNNForCausalLM
+
+MODELS: dict[str, tuple[Any, Any]] = {"pararnn": (ParaRNNConfig, ParaRNNForCausalLM)}
+"""model_type -> (the class of its configuration, the class of the model)."""
+
+UNDECAYED = ("mixer.conv.weight", "mixer.rnn.bias_l0", "mixer.rnn.weight_hh_l0")
+"""Parameters that are several vectors stored as one tensor."""
+
+
+def model_config(values: Any) -> Any:
+    """The configuration that `to_dict` gave; "pararnn" without a `model_type`. Raises `ArgumentError`."""
+    if not isinstance(values, dict):
+        bad_type("model", values, "an object of the model's fields")
+    kind = values.get("model_type", "pararnn")
+    if kind not in MODELS:
+        bad_value("model.model_type", repr(kind), f"one of {', '.join(MODELS)}")
+    return MODELS[kind][0].from_dict(values)
+
+
+def build_model(config: Any) -> nn.Module:
+    """A new model of `config`, its weights drawn from PyTorch's generator."""
+    return MODELS[config.model_type][1](config)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The residual blocks, which are compiled, checkpointed and sharded one by one."""
+    return list(model.get_submodule("blocks").children())
+
+
+def recurrent_layers(model: nn.Module) -> list[RNN]:
+    """The recurrent layers in order."""
+    return [m for m in model.modules() if isinstance(m, RNN)]
+
+
+def continued(model: nn.Module, ids: Tensor, past: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
+    """Run over ids (B, T) from `past` on (None: from nothing): logits (B, T, V), and the past after them."""
+    out = model(ids, cache=past, reset=reset)
+    return out.logits, out.cache
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices, which decay, and the rest: vectors, also where several are stored as one tensor."""
+    groups: tuple[list, list] = ([], [])
+    for name, p in model.named_parameters():
+        groups[p.dim() < 2 or name.endswith(UNDECAYED)].append(p)
+    return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]

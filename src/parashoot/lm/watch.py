@@ -1,0 +1,65 @@
+"""Looks inside a model while it runs a batch: how its recurrent layers were solved, and where numbers stop being finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..scan import ScanInfo, scan
+from .models import recurrent_layers
+
+
+@torch.no_grad()
+def solver_statistics(model: nn.Module, ids: Tensor, reset: Tensor | None) -> list[dict[str, float]]:
+    """For each recurrent layer, on the batch ids (B, T): sweeps of the slowest sequence and on average, and the final defect."""
+    infos: list[ScanInfo] = []
+    layers = recurrent_layers(model)
+    for layer in layers:
+        layer._scan = partial(_recorded, infos)  # type: ignore[method-assign]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            model(input_ids=ids, reset=reset)
+    finally:
+        for layer in layers:
+            del layer._scan
+    names = ("iterations", "iterations_mean", "defect")
+    return [{name: float(getattr(info, name)) for name in names} for info in infos]
+
+
+def _recorded(infos: list[ScanInfo], *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    y, h_n, info = scan(*arguments, **options, return_info=True)
+    infos.append(info)
+    return y, h_n
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
+    """The name of the first module to give a number that is not finite while `run` runs `model`; None: none does."""
+    found: list[str] = []
+
+    def check(name: str, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        tensors = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        if not found and not all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor)):
+            found.append(name)
+
+    hooks = [m.register_forward_hook(partial(check, name)) for name, m in model.named_modules() if name]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def last_non_finite_gradient(model: nn.Module) -> str | None:
+    """The parameter nearest to the output whose gradient is not finite, where backward began to fail; None: there is none."""
+    for name, p in reversed(list(model.named_parameters())):
+        grad = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad  # type: ignore[union-attr]
+        if grad is not None and not bool(grad.isfinite().all()):
+            return name
+    return None
