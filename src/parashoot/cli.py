@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--checkpoint", required=True, metavar="DIR", help="a run or one of its checkpoints")
     generate.add_argument("--prompt", default=PROMPT, metavar="TEXT")
-    generate.add_argument("--tokens", type=int, default=400, metavar="N", help="bytes to produce (default: 400)")
+    generate.add_argument("--tokens", type=int, default=400, metavar="N", help="tokens to produce (default: 400)")
     generate.add_argument(
         "--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest (default: 0.8)"
     )
@@ -284,17 +284,26 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    """Continue a prompt with a trained model, printed as it is made."""
-    from .lm.checkpoint import load_model
-    from .lm.generate import generate_text
+    """Continue a prompt with a trained model, bytes printed as they are made."""
+    import torch
 
-    model = load_model(options.checkpoint)
+    from .lm import checkpoint
+    from .lm.data import TOKENIZER
+    from .lm.generate import generate, generate_text
+    from .lm.tokenizer import read_tokenizer
+
+    path = checkpoint.find(options.checkpoint)
+    model = checkpoint.load_model(path)
+    sampling = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
     print(options.prompt, end="", flush=True)
-    generate_text(
-        model, options.prompt, options.tokens, temperature=options.temperature, top_k=options.top_k, seed=options.seed,
-        on_text=lambda piece: print(piece, end="", flush=True),
-    )  # fmt: skip
-    print()
+    if (path.parent / TOKENIZER).exists():
+        tokenizer = read_tokenizer(path.parent / TOKENIZER)
+        ids = tokenizer.encode(options.prompt, add_special_tokens=False).ids
+        print(tokenizer.decode(generate(model, torch.tensor(ids), options.tokens, **sampling)))
+    else:
+        show = lambda piece: print(piece, end="", flush=True)
+        generate_text(model, options.prompt, options.tokens, on_text=show, **sampling)
+        print()
     return 0
 
 

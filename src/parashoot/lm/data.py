@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import bad_value
 from .order import Permutation, mix
 
-INDEX = "index.json"
+INDEX, TOKENIZER = "index.json", "tokenizer.json"
 FORMAT = 1
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
 SPLITS = ("train", "validation", "test")

@@ -14,13 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import bad_value
-from .data import DTYPES, FORMAT, INDEX, SPLITS
+from .data import DTYPES, FORMAT, INDEX, SPLITS, TOKENIZER
 from .sources import Piece, Source
 from .tokenizer import Bytes, Subwords
 
 SHARD = 1 << 27  # tokens
 BATCH = 64  # pieces encoded together
-TOKENIZER = "tokenizer.json"
 
 
 def prepare(directory: Path, source: Source, tokenizer: Bytes | Subwords, *, shard: int = SHARD) -> dict[str, Any]:

@@ -32,16 +32,8 @@ class Subwords:
 
     @classmethod
     def from_file(cls, path: Path, eot: str = EOT) -> Subwords:
-        """The tokenizer in a `tokenizer.json`. Raises `ArgumentError` if it is none."""
-        library = needs_package("tokenizers", "data")
-        if not path.is_file():
-            bad_value("--tokenizer", f"'{path}'", "an existing tokenizer.json")
-        try:
-            return cls(library.Tokenizer.from_file(str(path)), eot)
-        except ValueError:
-            raise
-        except Exception as e:  # the library raises bare exceptions
-            bad_value("--tokenizer", f"'{path}', which cannot be read ({str(e)[:100]})", "a tokenizer.json")
+        """The tokenizer in a `tokenizer.json`. Raises `ArgumentError` if it is none, or has no token `eot`."""
+        return cls(read_tokenizer(path), eot)
 
     @classmethod
     def train(cls, texts: Iterator[bytes], vocab_size: int) -> Subwords:
@@ -63,6 +55,17 @@ class Subwords:
     def encode(self, texts: list[bytes]) -> list[list[int]]:
         """texts -> tokens, one list a text. Raises `ArgumentError` for bytes that are not UTF-8."""
         return [e.ids for e in self.tokenizer.encode_batch([_decoded(t) for t in texts], add_special_tokens=False)]
+
+
+def read_tokenizer(path: Path) -> Any:
+    """A `tokenizers.Tokenizer` from its `tokenizer.json`. Raises `ArgumentError` if it is none."""
+    library = needs_package("tokenizers", "data")
+    if not path.is_file():
+        bad_value("tokenizer", f"'{path}'", "an existing tokenizer.json")
+    try:
+        return library.Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises bare exceptions
+        bad_value("tokenizer", f"'{path}', which cannot be read ({str(e)[:100]})", "a tokenizer.json")
 
 
 def _sample(texts: Iterator[bytes]) -> Iterator[str]:

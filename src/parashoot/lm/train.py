@@ -1,7 +1,7 @@
 """Training: a loop that can be interrupted or killed at any step and continued with the same result, on one process or many.
 
-Files of a run in its directory: `step-000100` and its like (checkpoints), `latest`, log.jsonl (a line a step), and at the end
-report.json and loss.png.
+Files of a run in its directory: `step-000100` and its like (checkpoints), `latest`, log.jsonl (a line a step), tokenizer.json if the
+data have one, and at the end report.json and loss.png.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import DivergedError, bad_value
 from . import checkpoint
-from .data import Data, Windows, open_data
+from .data import TOKENIZER, Data, Windows, open_data
 from .interrupt import Interrupt
 from .log import LOG, TENSORBOARD, Log, cut_log
 from .models import build_model, parameter_groups
@@ -195,8 +195,10 @@ def _open(config: TrainConfig, directory: Path, group: Processes, resume: bool, 
         directory.mkdir(parents=True, exist_ok=True)
         for old in (*checkpoint.steps(directory), directory / TENSORBOARD):
             shutil.rmtree(old, ignore_errors=True)
-        for name in (checkpoint.LATEST, LOG, CURVE, REPORT):
+        for name in (checkpoint.LATEST, LOG, CURVE, REPORT, TOKENIZER):
             (directory / name).unlink(missing_ok=True)
+        if data.tokenizer is not None:
+            shutil.copyfile(data.tokenizer, directory / TOKENIZER)
     group.barrier()
     return run
 
