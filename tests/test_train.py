@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from parashoot import scan as library_scan
 from parashoot.cli import main
@@ -24,6 +26,7 @@ from parashoot.errors import ArgumentError, CheckpointError, DivergedError
 from parashoot.lm import ParaRNNConfig, ParaRNNForCausalLM, checkpoint
 from parashoot.lm import train as training
 from parashoot.lm.data import Windows
+from parashoot.lm.interrupt import Interrupt
 from parashoot.lm.log import read_log
 from parashoot.lm.models import parameter_groups
 from parashoot.lm.prepare import prepare
@@ -178,6 +181,16 @@ def test_the_log_holds_the_statistics_and_tensorboard_the_same(data, tmp_path):
 
 
 # Interrupted and resumed
+
+
+def test_signals_that_come_together_are_one(monkeypatch):
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.received
+        monkeypatch.setattr("parashoot.lm.interrupt.TOGETHER", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -456,10 +469,24 @@ def test_a_vocabulary_too_small_for_the_data_is_explained(data, tmp_path):
         train(run_config(data, model=replace(TINY, vocab_size=100)), tmp_path / "run", ALONE)
 
 
-def test_placing_compiles_and_checkpoints_each_block():
-    model = ParaRNNForCausalLM(TINY)
-    place(model, ALONE, bf16=False, compiled=True, checkpointed=True)
-    for block in model.blocks:
-        assert block._compiled_call_impl is not None
-        assert "forward" in vars(block)
+def test_an_unknown_device_is_explained():
     assert main(["train", "demo", "--device", "abacus"]) == 2
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_blocks_are_compiled_once_and_computed_the_same(checkpointed, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    ids = torch.randint(0, 256, (2, 24))
+    gradients = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = ParaRNNForCausalLM(TINY)
+        place(model, ALONE, bf16=False, compiled=compiled, checkpointed=checkpointed)
+        model(ids, labels=ids).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    assert counters["frames"]["ok"] == 1  # one graph for both blocks
+    assert not counters["graph_break"]
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)

@@ -83,15 +83,15 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def place(model: nn.Module, group: Processes, *, bf16: bool, compiled: bool, checkpointed: bool) -> None:
-    """Move `model`, whose weights are the same on each process, to the device, each block checkpointed, compiled and sharded.
+    """Move `model`, whose weights are the same on each process, to the device, each block compiled, checkpointed and sharded.
 
     Several processes hold a part of each float32 weight (FSDP2), gather it as bfloat16 where `bf16`, and sum gradients in float32.
     """
     for block in blocks(model):
+        if compiled:
+            block.forward = torch.compile(block.forward)
         if checkpointed:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if compiled:
-            block.compile()
     if group.size == 1:
         model.to(group.device)
         return

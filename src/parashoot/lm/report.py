@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from ..scan import explain
+from .checkpoint import load_model
 from .evaluate import Evaluation, evaluate
 from .generate import generate_text
 from .log import LOG, read_log
@@ -87,6 +87,7 @@ def _demonstrate(run: Run, prompt: str, sample_bytes: int) -> dict[str, Any]:
     sample = generate_text(run.model, prompt, sample_bytes, temperature=0.8, top_k=40, seed=run.config.seed)
     print(f"\nSample:\n{prompt}{sample}\n")
     tokens = torch.from_numpy(run.data.split("validation").read(0, SPEED_LENGTH))
-    speed = layer_speed(copy.deepcopy(run.model).cpu(), tokens)
+    assert run.saved is not None
+    speed = layer_speed(load_model(run.saved), tokens)
     print(f"Speed: {speed}\n")
     return {"sample": prompt + sample, "speed_ms": asdict(speed)}
