@@ -156,6 +156,8 @@ def test_eval_prints_the_figures_of_a_split(recipe, capsys):
     assert "one of train, validation" in fails(capsys, "eval", "runs/tiny")
     assert "--window" in fails(capsys, "eval", "runs/tiny", "--window", "0")
     assert "directory of a run" in fails(capsys, "eval", "none")
+    Path("wide.json").write_text(Path("tiny.json").read_text().replace("256", "255"))
+    assert "at least 256" in fails(capsys, "train", "wide.json")
 
 
 def test_generation_errors_are_one_line(capsys, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -157,7 +156,7 @@ def _data(options: argparse.Namespace) -> int:
     from .errors import bad_value
     from .lm import sources
     from .lm.data import check_data
-    from .lm.prepare import prepare
+    from .lm.prepare import check_new, prepare
     from .lm.tokenizer import EOT, Bytes, Subwords
 
     given = [n for n in ("name", "text", "jsonl", "hf", "check") if getattr(options, n)]
@@ -168,6 +167,7 @@ def _data(options: argparse.Namespace) -> int:
     if options.check:
         print(f"{check_data(out)} files of {out} are as its index says.")
         return 0
+    check_new(out)
     if not (min(shares) >= 0 and sum(shares) < 1):
         bad_value(
             "--validation and --test", f"{shares[0]:g} and {shares[1]:g}", "shares >= 0 that leave some to train on"
@@ -203,11 +203,10 @@ def _train(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from .errors import bad_value
-    from .lm import checkpoint
     from .lm.presets import find_training
     from .lm.processes import processes
     from .lm.report import introduce, report
-    from .lm.train import train
+    from .lm.train import holds_run, train
 
     name, config = find_training(options.name)
     changes = {k: getattr(options, k) for k in ("steps", "data") if getattr(options, k) is not None}
@@ -217,7 +216,7 @@ def _train(options: argparse.Namespace) -> int:
     again = f"parashoot train {options.name}{flags} --resume {directory}"
     if options.resume and (options.out or options.overwrite):
         bad_value("--resume", "it with --out or --overwrite", "it alone", "A resumed run stays where it is.")
-    if (directory / checkpoint.LATEST).exists() and not (options.resume or options.overwrite):
+    if holds_run(directory) and not (options.resume or options.overwrite):
         bad_value(
             "--out",
             f"'{directory}', which holds a run",
@@ -249,7 +248,7 @@ def _eval(options: argparse.Namespace) -> int:
     from .errors import bad_value
     from .lm import checkpoint
     from .lm.data import open_data
-    from .lm.evaluate import evaluate
+    from .lm.evaluate import evaluate, perplexity
     from .lm.processes import Processes, choose_device, precision
     from .lm.train import uses_bf16
     from .lm.train_config import TrainConfig
@@ -261,7 +260,7 @@ def _eval(options: argparse.Namespace) -> int:
         bad_value("--lengths", str(options.lengths), "an integer >= 1")
     path = checkpoint.find(options.checkpoint)
     config = TrainConfig.from_dict(checkpoint.facts(path)["config"])
-    tokens = open_data(options.data or config.data).split(options.split)
+    tokens = open_data(options.data or config.data).fitting(config.model.vocab_size).split(options.split)
     if len(tokens) < 2:
         bad_value("--split", f"{len(tokens)} tokens ({tokens.name})", "at least 2 to predict one")
     group = Processes(0, 1, choose_device(options.device))
@@ -279,7 +278,7 @@ def _eval(options: argparse.Namespace) -> int:
         print(f"{'position':>17} {'tokens':>12} {'loss':>8} {'perplexity':>11}")
         for first, last, count, nats in found.by_position:
             loss = nats / count
-            print(f"{f'{first:,}-{last - 1:,}':>17} {count:12,} {loss:8.4f} {math.exp(min(loss, 700)):11.3f}")
+            print(f"{f'{first:,}-{last - 1:,}':>17} {count:12,} {loss:8.4f} {perplexity(loss):11.3f}")
     return 0
 
 

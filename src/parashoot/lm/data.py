@@ -78,6 +78,12 @@ class Data:
     fingerprint: str
     tokenizer: Path | None = None
 
+    def fitting(self, vocab_size: int) -> Data:
+        """This, if a model of `vocab_size` tokens knows all of its tokens. Raises `ArgumentError`."""
+        if self.vocab_size > vocab_size:
+            bad_value("model.vocab_size", str(vocab_size), f"at least {self.vocab_size}, the vocabulary of the data")
+        return self
+
     def split(self, name: str) -> Tokens:
         """One split. Raises `ArgumentError` naming those that there are."""
         if name not in self.splits:

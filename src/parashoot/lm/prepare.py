@@ -27,8 +27,7 @@ def prepare(directory: Path, source: Source, tokenizer: Bytes | Subwords, *, sha
 
     Raises `ArgumentError` if the directory is there and not empty, or if the source has no text to train on.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        bad_value("OUT", f"'{directory}', which is there already", "a new directory")
+    check_new(directory)
     beside = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
     beside.mkdir(parents=True)
     try:
@@ -39,6 +38,12 @@ def prepare(directory: Path, source: Source, tokenizer: Bytes | Subwords, *, sha
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return index
+
+
+def check_new(directory: Path) -> None:
+    """Raise `ArgumentError` if something is at `directory` that is not an empty directory."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        bad_value("OUT", f"'{directory}', which is there already", "a new directory")
 
 
 def _write(directory: Path, source: Source, tokenizer: Bytes | Subwords, shard: int) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def train(
     """Train to `config.steps`, or until Ctrl-C or SIGTERM, which save a checkpoint (then `run.interrupted` is True).
 
     - `directory`: where the run's files go. With a run in it, either `resume` continues exactly where its last checkpoint was
-      written, or `overwrite` starts anew; neither is an error.
+      written (before the first one: from the start), or `overwrite` starts anew; neither is an error.
     - `group`: the processes that train together, from `processes()`; each calls this.
     - `on_start` receives the run before its first step.
 
@@ -166,21 +166,21 @@ def _check_finite(run: Run, values: dict[str, float], batches: list[tuple[Tensor
     )
 
 
+def holds_run(directory: Path) -> bool:
+    """Whether a run was begun in `directory`."""
+    return any((directory / name).exists() for name in (checkpoint.LATEST, LOG))
+
+
 def _open(config: TrainConfig, directory: Path, group: Processes, resume: bool, overwrite: bool) -> Run:
     config.micro_batch(group.size)
-    there = [n for n in (checkpoint.LATEST, LOG) if (directory / n).exists()]
-    if resume:
-        saved = checkpoint.find(directory)
-    elif there and not overwrite:
+    saved = (directory / checkpoint.LATEST).exists()
+    path = checkpoint.find(directory) if resume and (saved or not holds_run(directory)) else None
+    if holds_run(directory) and not (resume or overwrite):
         bad_value(
             "directory", f"'{directory}', which holds a run", "a new directory",
             "Pass resume to continue it or overwrite to lose it.",
         )  # fmt: skip
-    data = open_data(config.data)
-    if data.vocab_size > config.model.vocab_size:
-        bad_value(
-            "model.vocab_size", str(config.model.vocab_size), f"at least the {data.vocab_size} tokens of {config.data}"
-        )
+    data = open_data(config.data).fitting(config.model.vocab_size)
     windows = Windows(data.split("train"), config.sequence_length, config.seed)
     torch.manual_seed(config.seed)
     model = build_model(config.model)
@@ -189,8 +189,8 @@ def _open(config: TrainConfig, directory: Path, group: Processes, resume: bool, 
     groups = parameter_groups(model, config.weight_decay / config.learning_rate)  # AdamW multiplies by the rate
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
     run = Run(config, directory, group, data, model, optimizer, windows)
-    if resume:
-        _restore(run, saved)
+    if path is not None:
+        _restore(run, path)
     elif group.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
         for old in (*checkpoint.steps(directory), directory / TENSORBOARD):
