@@ -25,6 +25,7 @@ DEMO = TrainConfig(
     learning_rate=6e-3,
     weight_decay=6e-4,
     warmup=0.05,
+    z_loss=0.0,
 )
 
 TRAININGS = {"demo": DEMO}

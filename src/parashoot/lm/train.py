@@ -119,8 +119,11 @@ def _update(run: Run, interrupt: Interrupt) -> dict[str, Any]:
     for ids, reset in batches:
         with precision(run.group, run.bf16):
             out = model(input_ids=ids, labels=ids, reset=reset)
-        square = torch.logsumexp(out.logits[:, :-1].float(), -1).square().mean()
-        ((out.loss + config.z_loss * square) / len(batches)).backward()
+        loss, square = out.loss, torch.zeros_like(out.loss)
+        if config.z_loss:
+            square = torch.logsumexp(out.logits[:, :-1].float(), -1).square().mean()
+            loss = loss + config.z_loss * square
+        (loss / len(batches)).backward()
         sums += torch.stack([out.loss.detach(), square.detach()]).float() / len(batches)
     total = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
@@ -133,7 +136,9 @@ def _update(run: Run, interrupt: Interrupt) -> dict[str, Any]:
         settings["lr"] = rate
     run.optimizer.step()
     run.interrupted = signals > 0
-    return {"loss": loss, "log_partition_squared": square, "grad_norm": norm, "learning_rate": rate, **facts}
+    if config.z_loss:
+        facts["log_partition_squared"] = square
+    return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **facts}
 
 
 def _draw(run: Run) -> list[tuple[Tensor, Tensor | None]]:
