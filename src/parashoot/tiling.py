@@ -121,6 +121,8 @@ def remember(device: torch.device, key: str, tiling: Tiling) -> None:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
         known = {}
+    if not isinstance(known, dict) or not isinstance(known.get(name, {}), dict):  # not a file that this wrote
+        known = {}
     known.setdefault(name, {})[key] = asdict(tiling)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(known, file, indent=1)

@@ -24,6 +24,7 @@ _HEAD = """
     tile = program % tiles
     row = tl.arange(0, NC)[:, None]
     col = (tile * BD + tl.arange(0, BD))[None, :]
+    col = col.to(tl.int64) if WIDE else col
     inside = col < C
     zero = tl.zeros([NC, BD], tl.float32)
     {setup}
@@ -48,7 +49,7 @@ def {name}_shoot(
     live = inside
     base = chunk * CL
     $s{i} = i{i}$
-    settled = part + burn >= 0
+    settled = part >= 0  # true, and a tensor as a loop's variable has to be
     if not ALONE:
         run = burn + 0 * part
         goal = 0.125 * tol  # what is led in is compared with the tolerance itself
@@ -134,7 +135,8 @@ def {name}_correct(
     {clear}
     ran = going
     passes = 1 + 0 * tile
-    unsolved = tile < 0
+    unsolved = going & (most < 2)
+    going = going & (most > 1)
     n = CL
     origin = base
     while going:

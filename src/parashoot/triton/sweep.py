@@ -26,7 +26,9 @@ from .skeleton import CORRECT, LOOP, SHOOT, fill
 HEADER = """import triton
 import triton.language as tl
 
-from parashoot.triton.functions import above, atan2, clamped, difference, finite, full, larger, sigmoid, sign, smaller, tanh
+from parashoot.triton.functions import (
+    above, atan2, clamped, difference, expm1, finite, full, larger, log1p, sigmoid, sign, smaller, tanh,
+)
 
 """
 
@@ -145,7 +147,7 @@ def backward(s: Source) -> str:
         for u in range(s.unroll):
             out += [*_position(u), *_load_inputs(s, u, lead, "(q >= LO) & (q < L - r_shift)")]
             out.append("at = dy_ptr + b * dy_b + time * dy_t + col * dy_c")
-            out += [f"g{u}_{n} = tl.load(at + {n} * dy_s, {_mask(lead)})" for n in range(len(s.outputs))]
+            out += [f"g{u}_{n} = tl.load({_apart('at', 'dy_s', n)}, {_mask(lead)})" for n in range(len(s.outputs))]
             if not recompute:  # the state before: y one position on, in the order of this sweep
                 out += [
                     "at = y_ptr + b * y_b + (time + DIR) * y_t + col",
@@ -254,7 +256,8 @@ def decode(
 
 def decode(s: Source) -> str:
     """The module with `decode`, one step of a batch, as text."""
-    loads = [f"x0_{g} = tl.load(x_ptr + b * x_b + {g} * x_g + c * x_c, mask=ok, other=0.0)" for g in range(s.inputs)]
+    at = "x_ptr + b * x_b + c * x_c"
+    loads = [f"x0_{g} = tl.load({_apart(at, 'x_g', g)}, mask=ok, other=0.0)" for g in range(s.inputs)]
     loads += [f"p{k} = tl.load(p{k}_ptr + c, mask=ok, other=0.0).to(tl.float32)" for k in range(s.params)]
     line, values = call("step", s.step, s.given([f"h{i}" for i in range(s.slots)], 0), "w")
     at = "out_ptr + b * o_b + c * o_c"
@@ -322,8 +325,14 @@ def _spread(v: Atom) -> str:
     return f"full({v}, zero)" if isinstance(v, str) else f"(zero + {atom(v)})"
 
 
-def _mask(lead: bool) -> str:
-    return "mask=ok, other=0.0" if lead else "mask=ok if MASKED else None"
+def _apart(pointer: str, stride: str, n: int) -> str:
+    """The pointer n strides on, without a product that 32 bits could not hold."""
+    return pointer + f" + {stride}" * n
+
+
+def _mask(always: bool) -> str:
+    """Positions beyond the ends are masked in a lead always, in a chunk only where it is MASKED."""
+    return "mask=ok, other=0.0" if always else "mask=ok if MASKED else None"
 
 
 def _position(u: int) -> list[str]:
@@ -355,7 +364,7 @@ def _store_end(slots: int) -> list[str]:
 
 def _load_inputs(s: Source, u: int, lead: bool, boundary: str) -> list[str]:
     out = ["at = x_ptr + b * x_b + time * x_t + col * x_c"]
-    out += [f"x{u}_{g} = tl.load(at + {g} * x_g, {_mask(lead)})" for g in range(s.inputs)]
+    out += [f"x{u}_{g} = tl.load({_apart('at', 'x_g', g)}, {_mask(lead)})" for g in range(s.inputs)]
     if s.reset:
         # r_shift is 1 for a reverse scan: it enters t from t + 1, across the boundary that reset[t + 1] marks
         out.append(f"cut{u} = tl.load(reset_ptr + b * r_b + (time + r_shift) * r_t, mask={boundary}, other=0)")
@@ -369,11 +378,11 @@ def _snapshot(slots: int) -> list[str]:
     return ["if not ALONE:", *[f"    {store}" for store in stores]]
 
 
-def _cut(s: Source, u: int, carries: list[str], lead: bool) -> list[str]:
+def _cut(s: Source, u: int, carries: list[str], jacobian: bool) -> list[str]:
     """Nothing crosses a reset: a select, which stops NaN too."""
     if not s.reset:
         return []
-    entries = [f"m{i}{k}" for i in range(s.slots) for k in range(s.slots)] if lead else []
+    entries = [f"m{i}{k}" for i in range(s.slots) for k in range(s.slots)] if jacobian else []
     return [f"{v} = tl.where(cut{u} != 0, 0.0, {v})" for v in carries + entries]
 
 
@@ -384,10 +393,10 @@ def _compose_step(a: list[list[Atom]]) -> list[str]:
     return new + [f"m{i}{k} = tl.where(ok, n{i}{k}, m{i}{k})" for i in slots for k in slots]
 
 
-def _carry_on(values: Sequence[Atom], lead: bool) -> list[str]:
+def _carry_on(values: Sequence[Atom], always: bool) -> list[str]:
     """The new carries, all at once; positions that do not exist leave them as they are."""
     out = [f"k{i} = {_spread(v)}" for i, v in enumerate(values)]
-    kept = "tl.where(ok, k{0}, v{0})" if lead else "tl.where(ok, k{0}, v{0}) if MASKED else k{0}"
+    kept = "tl.where(ok, k{0}, v{0})" if always else "tl.where(ok, k{0}, v{0}) if MASKED else k{0}"
     return out + [f"v{i} = {kept.format(i)}" for i in range(len(values))]
 
 
