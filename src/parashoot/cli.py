@@ -20,14 +20,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(e.code or 0)
     if os.getcwd() not in sys.path:  # so that module:attribute finds a cell in the current directory
         sys.path.append(os.getcwd())
-    from .errors import ArgumentError, ArgumentTypeError, BackendError, CellError, StructureError
-    from .lm.train import DivergedError
+    from . import errors as known
 
+    wrong_use = (
+        known.ArgumentError,
+        known.ArgumentTypeError,
+        known.BackendError,
+        known.CellError,
+        known.StructureError,
+    )
     try:
         return options.run(options)
-    except (ArgumentError, ArgumentTypeError, BackendError, CellError, StructureError, DivergedError, OSError) as e:
+    except (*wrong_use, known.MissingPackageError, known.DivergedError, OSError) as e:
         print(f"parashoot {options.command}: {' '.join(str(e).split())}", file=sys.stderr)
-        return 1 if isinstance(e, DivergedError) else 2
+        return 1 if isinstance(e, known.DivergedError) else 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -182,8 +188,8 @@ def _generate(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     """Compare a cell's parallel pass and its gradients with the for-loop on random inputs; exit code 1 if they disagree."""
     from . import cells
+    from .cells.find import find_cell
     from .diagnostics import verify
-    from .lm.find_cell import find_cell
 
     chosen = [options.cell] if options.cell else cells.__all__
     passed = True
@@ -197,7 +203,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     """Say how ps.scan would run a cell at a shape, and why."""
-    from .lm.find_cell import find_cell
+    from .cells.find import find_cell
     from .scan import explain
 
     cell = find_cell(options.cell, argument="CELL", files=True)

@@ -13,7 +13,7 @@ from .model import ParaRNNForCausalLM
 from .train_config import TrainConfig
 
 NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -45,4 +45,4 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> ParaRNNF
     state = load(path)
     model = ParaRNNForCausalLM(TrainConfig.from_dict(state["config"]).model)
     model.load_state_dict(state["model"])
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]
