@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import runpy
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lm_models import tiny_model, tokens, transformers
 from parashoot.errors import ArgumentError, ArgumentTypeError
 from parashoot.lm import Cache, Decoder, ParaRNNForCausalLM, generate, generate_text
+from parashoot.lm.checkpoint import load_model
 from parashoot.lm.decode import BURST, advance, draw
 
 PAD = 0
@@ -189,6 +194,18 @@ def test_misuse_of_the_decoder_is_explained(model):
         decoder.sample(0)
 
 
+def test_the_benchmark_runs(monkeypatch, tmp_path):
+    script, out = Path(__file__).parents[1] / "benchmarks" / "decode.py", tmp_path / "out.jsonl"
+    arguments = "--device cpu --preset demo --batch 1 3 --compile no --tokens 20 --repeats 2 --out"
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments.split(), str(out)])
+    monkeypatch.setattr("parashoot.bench.trial.copy_bandwidth", lambda device: 1e10)
+    runpy.run_path(str(script), run_name="__main__")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["batch"] for row in rows] == [1, 3]
+    assert all(row["error"] < 1e-4 and row["tokens_per_s"] > 0 for row in rows)
+    assert list(rows[0]["memory_mib"]) == ["1", "10", "20"]
+
+
 # Text
 
 
@@ -205,6 +222,11 @@ def test_top_k_1_and_tiny_temperatures_are_greedy(model):
     assert generate(model, ids[0], 8, temperature=0.0) == want
     assert generate(model, ids[0], 8, top_k=1, seed=9) == want
     assert generate(model, ids[0], 8, temperature=1e-300, seed=9) == want
+
+
+def test_a_saved_directory_is_a_checkpoint(model, tmp_path):
+    model.float().save_pretrained(tmp_path)
+    assert generate_text(load_model(tmp_path), "abc", 6, seed=3) == generate_text(model, "abc", 6, seed=3)
 
 
 def test_text_streams_stops_and_replaces_broken_bytes(model, monkeypatch):

@@ -22,16 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     from . import errors as known
 
-    wrong_use = (
-        known.ArgumentError,
-        known.ArgumentTypeError,
-        known.BackendError,
-        known.CellError,
-        known.StructureError,
-    )
+    wrong = known.ArgumentError, known.ArgumentTypeError, known.BackendError, known.CellError, known.StructureError
     try:
         return options.run(options)
-    except (*wrong_use, known.MissingPackageError, known.DivergedError, OSError) as e:
+    except (*wrong, known.MissingPackageError, known.DivergedError, OSError) as e:
         print(f"parashoot {options.command}: {' '.join(str(e).split())}", file=sys.stderr)
         return 1 if isinstance(e, known.DivergedError) else 2
     except KeyboardInterrupt:
@@ -58,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate", help="continue a prompt with a trained model", description=_generate.__doc__
     )
-    generate.add_argument("--checkpoint", required=True, metavar="FILE")
+    generate.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="checkpoint.pt, or a saved model's directory"
+    )
     generate.add_argument("--prompt", default=PROMPT, metavar="TEXT")
     generate.add_argument("--tokens", type=int, default=400, metavar="N", help="bytes to produce (default: 400)")
     generate.add_argument(
@@ -68,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--top-k", type=int, default=40, metavar="K", help="sample among the K likeliest (default: 40)"
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N")
+    generate.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     generate.set_defaults(run=_generate)
 
     cell = "a shipped name, module:attribute, or path/to/file.py:attribute"
@@ -172,10 +169,12 @@ def _train(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     """Continue a prompt with a trained model, printed as it is made."""
+    import torch
+
     from .lm.checkpoint import load_model
     from .lm.generate import generate_text
 
-    model = load_model(options.checkpoint)
+    model = load_model(options.checkpoint, options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     print(options.prompt, end="", flush=True)
     generate_text(
         model, options.prompt, options.tokens, temperature=options.temperature, top_k=options.top_k, seed=options.seed,

@@ -161,7 +161,9 @@ class RNN(nn.Module):
             state = advance(self.cell, state, inputs, self.recurrent(suffix), inplace)
             out = state[:, self.cell.output].to(inputs.dtype)
             finals.append(state)
-        return out, h if inplace and h is not None else torch.stack(finals)
+        if inplace and h is not None:
+            return out, h
+        return out, torch.stack(finals) if len(finals) > 1 else finals[0].unsqueeze(0)
 
     def recurrent(self, suffix: str = "l0") -> list[Tensor]:
         """The cell's parameters for one layer and direction ("l0", "l0_reverse", ...), clipped, in the step's order."""

@@ -85,5 +85,5 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, d), the past, reset (B, T) bool -> (x (B, T, d), the past after it)."""
         y, conv_after, state_after = self.mixer(self.mixer_norm(x), conv, state, reset)
-        x = self.residual_scale * x + y
+        x = torch.addcmul(y, self.residual_scale, x)
         return x + self.mlp(self.mlp_norm(x)), conv_after, state_after

@@ -41,7 +41,9 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> ParaRNNForCausalLM:
-    """The model of the checkpoint at `path`, ready to generate."""
+    """The model of the checkpoint at `path`, or of the directory that `save_pretrained` wrote, ready to generate."""
+    if Path(path).is_dir():
+        return ParaRNNForCausalLM.from_pretrained(path).to(device).eval()  # type: ignore[arg-type]
     state = load(path)
     model = ParaRNNForCausalLM(TrainConfig.from_dict(state["config"]).model)
     model.load_state_dict(state["model"])

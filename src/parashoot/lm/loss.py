@@ -6,6 +6,7 @@ at a time, and their gradient is taken in the same pass.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -31,7 +32,8 @@ def next_token_loss(
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
     hidden, device = hidden.flatten(0, 1), hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    total = _total_by_kernel if hidden.is_cuda and _has_kernel() and not torch.compiler.is_compiling() else _total
+    by_kernel = hidden.is_cuda and not torch.compiler.is_compiling() and _has_kernel()
+    total = _total_by_kernel if by_kernel else _total
     with torch.autocast(device, enabled=False):
         summed = total(hidden.to(dtype), weight, targets, z_loss)
     if num_items is None:
@@ -44,6 +46,7 @@ def _total(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Te
     return _InPieces.apply(hidden, weight, targets, z_loss, wanted)  # type: ignore[return-value]
 
 
+@functools.cache
 def _has_kernel() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
