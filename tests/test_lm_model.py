@@ -176,8 +176,13 @@ def test_the_loss_in_pieces_has_the_gradients_of_the_whole(rows, monkeypatch):
     hidden = torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 11, (3, 7)).masked_fill(torch.rand(3, 7) < 0.3, -100)
-    got, want = next_token_loss(hidden, weight, labels, z_loss=0.3), plain_loss(hidden @ weight.T, labels, 0.3)
+    (got, z_part), want = (
+        next_token_loss(hidden, weight, labels, z_loss=0.3),
+        plain_loss(hidden @ weight.T, labels, 0.3),
+    )
     close(got, want)
+    close(got - z_part, plain_loss(hidden @ weight.T, labels))
+    assert not z_part.requires_grad
     for g, w in zip(
         torch.autograd.grad(2 * got, (hidden, weight)), torch.autograd.grad(2 * want, (hidden, weight)), strict=True
     ):
@@ -190,6 +195,7 @@ def test_z_loss_is_part_of_training_only():
     close(model(ids, labels=ids).loss, plain_loss(logits, ids))
     trained = model.train()(ids, labels=ids)
     close(trained.loss, plain_loss(logits, ids, 0.1))
+    close(trained.loss - trained.z_loss, plain_loss(logits, ids))
     assert trained.logits is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ from .config import ParaRNNConfig
 from .conv import CausalConv
 from .generation import StatefulGeneration
 from .loss import next_token_loss
+
+
+@dataclass
+class CausalLMOutput(CausalLMOutputWithPast):
+    """`loss` (None without labels), `logits`, the cache, and `z_loss`, the part of `loss` that is no cross-entropy, where there is one."""
+
+    z_loss: Tensor | None = None
 
 
 class ParaRNNPreTrainedModel(PreTrainedModel):
@@ -183,7 +191,7 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
         - `past_key_values`: continued from, and left holding the past after the last token.
         - `labels` (B, T) int64: usually `input_ids`; the logits at t are scored against the label at t + 1, and labels of -100 are
           left out. At least two tokens are then needed. The loss is the mean over the tokens scored, or their sum over
-          `num_items_in_batch`; while training `z_loss` of the configuration is part of it.
+          `num_items_in_batch`; while training `z_loss` of the configuration is part of it, and stands in the output by itself.
         - `reset` (B, T) bool: a new document begins at t; nothing of earlier tokens reaches it.
         - `use_cache`: return the cache; by default where not training.
         - `logits_to_keep`: only the last so many logits, 0 for all, or the positions in a tensor.
@@ -193,14 +201,15 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
         """
         given = (input_ids, attention_mask, past_key_values, inputs_embeds, reset, use_cache)
         hidden, *after = self.model(*given, return_dict=False)
-        loss = logits = None
+        loss = logits = z_part = None
         if labels is not None:
             if labels.dtype != torch.int64 or labels.shape != hidden.shape[:2]:
                 bad_value("labels", labels, f"torch.int64 of the shape of input_ids, {tuple(hidden.shape[:2])}")
             if labels.shape[1] < 2:
                 bad_value("labels", labels, "at least two tokens", "The first one has nothing that predicts it.")
             z_loss = self.config.z_loss if self.training else 0.0
-            loss = next_token_loss(hidden, self.lm_head.weight, labels, z_loss=z_loss, num_items=num_items_in_batch)
+            options = {"z_loss": z_loss, "num_items": num_items_in_batch}
+            loss, z_part = next_token_loss(hidden, self.lm_head.weight, labels, **options)
         if labels is None or not self.training:
             kept = (
                 slice(-logits_to_keep if logits_to_keep else None, None)
@@ -208,5 +217,7 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
                 else logits_to_keep
             )
             logits = self.lm_head(hidden[:, kept])
-        out = CausalLMOutputWithPast(loss, logits, after[0] if after else None)
+        out = CausalLMOutput(
+            loss, logits, after[0] if after else None, z_loss=z_part if self.training and self.config.z_loss else None
+        )
         return out.to_tuple() if return_dict is False else out
