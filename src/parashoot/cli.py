@@ -20,14 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(e.code or 0)
     if os.getcwd() not in sys.path:  # so that module:attribute finds a cell in the current directory
         sys.path.append(os.getcwd())
-    from .errors import ArgumentError, ArgumentTypeError, BackendError, CellError, StructureError
-    from .lm.train import DivergedError
+    from . import errors as known
 
+    wrong = known.ArgumentError, known.ArgumentTypeError, known.BackendError, known.CellError, known.StructureError
     try:
         return options.run(options)
-    except (ArgumentError, ArgumentTypeError, BackendError, CellError, StructureError, DivergedError, OSError) as e:
+    except (*wrong, known.MissingPackageError, known.DivergedError, OSError) as e:
         print(f"parashoot {options.command}: {' '.join(str(e).split())}", file=sys.stderr)
-        return 1 if isinstance(e, DivergedError) else 2
+        return 1 if isinstance(e, known.DivergedError) else 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate", help="continue a prompt with a trained model", description=_generate.__doc__
     )
-    generate.add_argument("--checkpoint", required=True, metavar="FILE")
+    generate.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="checkpoint.pt, or a saved model's directory"
+    )
     generate.add_argument("--prompt", default=PROMPT, metavar="TEXT")
     generate.add_argument("--tokens", type=int, default=400, metavar="N", help="bytes to produce (default: 400)")
     generate.add_argument(
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--top-k", type=int, default=40, metavar="K", help="sample among the K likeliest (default: 40)"
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N")
+    generate.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     generate.set_defaults(run=_generate)
 
     cell = "a shipped name, module:attribute, or path/to/file.py:attribute"
@@ -166,10 +169,12 @@ def _train(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     """Continue a prompt with a trained model, printed as it is made."""
+    import torch
+
     from .lm.checkpoint import load_model
     from .lm.generate import generate_text
 
-    model = load_model(options.checkpoint)
+    model = load_model(options.checkpoint, options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     print(options.prompt, end="", flush=True)
     generate_text(
         model, options.prompt, options.tokens, temperature=options.temperature, top_k=options.top_k, seed=options.seed,
@@ -182,8 +187,8 @@ def _generate(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     """Compare a cell's parallel pass and its gradients with the for-loop on random inputs; exit code 1 if they disagree."""
     from . import cells
+    from .cells.find import find_cell
     from .diagnostics import verify
-    from .lm.find_cell import find_cell
 
     chosen = [options.cell] if options.cell else cells.__all__
     passed = True
@@ -197,7 +202,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     """Say how ps.scan would run a cell at a shape, and why."""
-    from .lm.find_cell import find_cell
+    from .cells.find import find_cell
     from .scan import explain
 
     cell = find_cell(options.cell, argument="CELL", files=True)

@@ -7,6 +7,7 @@ A message names the argument, what came, what was expected and what to do. `Argu
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, NoReturn
 
 
@@ -32,6 +33,14 @@ class BackendError(ValueError):
 
 class GradientError(RuntimeError):
     """A derivative was asked for that the library does not provide."""
+
+
+class DivergedError(RuntimeError):
+    """A training's loss or its gradient became infinite or NaN; the last checkpoint is from before that."""
+
+
+class MissingPackageError(ImportError):
+    """A part of the library needs packages that are not installed."""
 
 
 class ConvergenceError(RuntimeError):
@@ -69,6 +78,13 @@ def bad_type(argument: str, came: Any, expected: str, remedy: str = "") -> NoRet
     raise ArgumentTypeError(
         f"{argument}: got {describe(came)}; expected {expected}." + (f" {remedy}" if remedy else "")
     )
+
+
+def needs(part: str, extra: str, *packages: str) -> None:
+    """Raise `MissingPackageError` unless the `packages` that `part` needs are there; the optional `extra` brings them."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingPackageError(f"{part} needs {' and '.join(missing)}: pip install 'parashoot[{extra}]'.")
 
 
 def bad_cell(cell: str, problem: str, remedy: str, line: str = "") -> NoReturn:

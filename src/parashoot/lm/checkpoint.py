@@ -13,7 +13,7 @@ from .model import ParaRNNForCausalLM
 from .train_config import TrainConfig
 
 NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -41,8 +41,10 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> ParaRNNForCausalLM:
-    """The model of the checkpoint at `path`, ready to generate."""
+    """The model of the checkpoint at `path`, or of the directory that `save_pretrained` wrote, ready to generate."""
+    if Path(path).is_dir():
+        return ParaRNNForCausalLM.from_pretrained(path).to(device).eval()  # type: ignore[arg-type]
     state = load(path)
     model = ParaRNNForCausalLM(TrainConfig.from_dict(state["config"]).model)
     model.load_state_dict(state["model"])
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]

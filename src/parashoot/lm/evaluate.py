@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cache import Cache
 from .model import ParaRNNForCausalLM
 
 
@@ -27,11 +28,10 @@ def bits_per_byte(model: ParaRNNForCausalLM, data: Tensor, *, streams: int = 32,
     inputs, targets = rows[:-1].view(streams, length), targets.view(streams, length)
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    nats, cache = 0.0, None
+    nats, cache = 0.0, Cache()
     for start in range(0, length, window):
         part = slice(start, start + window)
-        out = model(inputs[:, part].to(device), cache=cache)
-        cache = out.cache
+        out = model(inputs[:, part].to(device), past_key_values=cache)
         losses = F.cross_entropy(
             out.logits.flatten(0, 1).float(), targets[:, part].flatten().to(device), reduction="sum"
         )

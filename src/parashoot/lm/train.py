@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import bad_value
+from ..errors import DivergedError, bad_value
 from . import checkpoint
 from .data import Windows, load_text, split
 from .interrupt import Interrupt
@@ -28,10 +28,6 @@ from .model import ParaRNNForCausalLM
 from .train_config import TrainConfig
 
 LOG, CURVE, REPORT = "log.jsonl", "loss.png", "report.json"
-
-
-class DivergedError(RuntimeError):
-    """The loss or its gradient became infinite or NaN; the last checkpoint is from before that."""
 
 
 @dataclass
@@ -169,7 +165,7 @@ def _open(config: TrainConfig, directory: Path, resume: bool, overwrite: bool, d
     text = load_text(config.text)
     training, validation = split(text, config.sequence_length)
     torch.manual_seed(config.seed)
-    model = ParaRNNForCausalLM(config.model).to(device)
+    model = ParaRNNForCausalLM(config.model).to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
     )
