@@ -311,10 +311,10 @@ def test_functions_are_accurate_in_relative_terms(name, tiling):
 
 
 @pytest.mark.skipif(not ON_GPU, reason="takes minutes in the interpreter")
-@pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("sigma", [0.3, 1.0])
 @pytest.mark.parametrize("name", ["gru", "lstm", "slstm"])
 def test_the_numerics_contract_at_length(name, sigma):
-    """Within twice the error of the loop in fp32, which at sigma 2 exceeds the bound itself."""
+    """Recurrent weights up to N(0, 1); the states within 1e-5 or twice the error of the loop in fp32."""
     cell = CHANNELWISE[name]
     problem = fp32_problem(cell, 2, 2048, 32, sigma)
     wide = [p.double() for p in problem[1]]
