@@ -76,7 +76,7 @@ def test_documents_are_kept_apart(model):
 
 
 def test_a_model_that_knows_nothing_takes_the_logarithm_of_the_vocabulary(model):
-    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.lm_head.weight)
     found = evaluate(model, split(101), stream=10, batch=4)
     assert found.loss == pytest.approx(math.log(50), rel=1e-6)
     assert model.training

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import parashoot as ps
+from fuzzer import SEEDS, Source
 from oracle import SHIPPED, by_loop, gradients, leaves, loop, loop_reversed, random_problem, random_resets, relative
 from parashoot import plan
 from parashoot.op import encode
 from parashoot.tiling import Tiling
-from test_fuzz import Source
+from parashoot.triton.skeleton import PATIENCE
 
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
@@ -102,15 +103,21 @@ def slow_gru(time, channels=4):
 def test_corrections_are_made_where_the_cell_remembers(tiling):
     tiling(Tiling(8, 1, 2, 2, 20, 2, 4, 8))
     info = compare(*slow_gru(160))
-    assert 2 <= info.iterations <= 1 + 4
+    assert 2 <= info.iterations <= PATIENCE + 1
 
 
-def test_a_missed_limit_is_an_error(tiling):
-    tiling(Tiling(8, 1, 2, 2, 20, 2, 4, 8))
-    cell, x, params, h0 = slow_gru(160)
+def test_the_limit_counts_passes(tiling):
+    """The passes that it took are allowed; one fewer is an error."""
+    tiling(Tiling(8, 1, 2, 2, 10, 2, 4, 8))
+    cell, x, params, h0 = slow_gru(60)
     x, params, h0 = moved(x, params, h0)
+    limited = lambda n: ps.MultipleShooting(backend="triton", max_iters=n)
+    y, _, info = ps.scan(cell, x, tuple(params), h0, solver=KERNEL, return_info=True)
+    needed = round(info.iterations)
+    assert needed >= 2
+    assert torch.equal(ps.scan(cell, x, tuple(params), h0, solver=limited(needed))[0], y)
     with pytest.raises(ps.ConvergenceError):
-        ps.scan(cell, x, tuple(params), h0, solver=ps.MultipleShooting(backend="triton", max_iters=1))
+        ps.scan(cell, x, tuple(params), h0, solver=limited(needed - 1))
 
 
 @ps.cell
@@ -119,13 +126,26 @@ def logistic(h: ps.State, x: ps.Input):
 
 
 def test_a_chaotic_cell_ends_with_a_trajectory(tiling):
-    """Every step of the answer is the cell's own, at chunk boundaries too, after at most one pass a row."""
+    """Every step of the answer is the cell's own, at chunk boundaries too: the last pass is the loop."""
     tiling(Tiling(8, 1, 2, 2, 24, 2, 8, 8))
     x, h0 = moved(torch.zeros(1, 192, 1, 3), torch.tensor([[[0.2, 0.4, 0.7]]]))
     y, _, info = ps.scan(logistic, x, None, h0, solver=KERNEL, return_info=True)
     before = torch.cat([h0, y[:, :-1]], 1).double()
     assert float((3.9 * before * (1 - before) - y.double()).abs().max()) <= 5e-6
-    assert info.iterations <= 1 + 8
+    assert info.iterations == PATIENCE + 1
+
+
+@ps.cell
+def latch(h: ps.State, x: ps.Input, p: ps.Param):
+    return torch.where(torch.abs(x) > 1.5, torch.sign(x), torch.sign(h + 0.1)) * p
+
+
+def test_a_cell_that_latches_is_the_loop(tiling):
+    """A jump has no Jacobian that tells of it: what the chunks' starts should be is known only in order."""
+    tiling(Tiling(8, 1, 2, 2, 12, 2, 8, 4))
+    x, params, h0 = fp32_problem(latch, 2, 96, 7, 1.0)
+    info = compare(latch, x, params, h0, random_resets(2, 96, share=0.02))
+    assert info.iterations == PATIENCE + 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -183,6 +203,56 @@ def test_strided_and_expanded_tensors_are_read_in_place(tiling):
     assert torch.equal(expanded, torch.autograd.grad(y, gx, torch.ones_like(y))[0])
 
 
+@pytest.mark.parametrize("strides", [(1, 8, 2**30, 3), (1, 16, 4, 2**29)], ids=["gates", "channels"])
+def test_strides_whose_products_pass_32_bits(strides, tiling):
+    """Only the pages that are touched exist on a CPU; 4 GiB of a GPU."""
+    tiling(LED)
+    cell = ps.cells.gru
+    x, params, h0 = fp32_problem(cell, 1, 16, 5, 0.5)
+    x = x.half()[:, :, :, : 5 if strides[3] > 3 else 2]
+    params, h0 = [p[: x.shape[3]] for p in params], h0[:, :, : x.shape[3]]
+    far = torch.empty(2**31 + 256, dtype=torch.float16, device=DEVICE).as_strided(x.shape, strides)
+    gx, gp, gh = moved(x, params, h0)
+    far.copy_(gx)
+    assert torch.equal(far, gx)
+    got, want = (ps.scan(cell, v, tuple(gp), gh, solver=KERNEL)[0] for v in (far, gx))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_output_may_be_changed_in_place(backend, tiling):
+    """As any output of PyTorch: where backward still needs it, autograd says so."""
+    tiling(ALONE)
+    x, params, h0 = moved(*fp32_problem(ps.cells.lstm, 2, 8, 4, 0.5))
+    solver = ps.MultipleShooting(4 if backend == "torch" else "auto", backend=backend)
+    doubled = lambda x, p, h: (ps.scan(ps.cells.lstm, x, tuple(p), h, solver=solver)[0].mul_(2.0), None)
+    plain = lambda x, p, h: (2.0 * ps.scan(ps.cells.lstm, x, tuple(p), h, solver=solver)[0], None)
+    dy = torch.randn(2, 8, 4, device=DEVICE)
+    for got, want in zip(*(gradients(f, x, params, h0, dy, None) for f in (doubled, plain)), strict=True):
+        assert torch.equal(got, want)
+    x, params, h0 = moved(*fp32_problem(ps.cells.gru, 1, 8, 4, 0.5))
+    y = ps.scan(ps.cells.gru, x.requires_grad_(), tuple(params), h0, solver=solver)[0]
+    y += 1.0
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_backward_may_be_tiled_otherwise(name, tiling):
+    cell = CHANNELWISE[name]
+    x, params, h0 = fp32_problem(cell, 1, 24, 5, 0.5)
+    want = gradients(
+        by_loop(cell), x.double(), [p.double() for p in params], h0.double(), torch.ones(1, 24, 5).double(), None
+    )
+    gx, gp, gh = moved(x, params, h0)
+    gx, gp = leaves(gx)[0], list(leaves(*gp))
+    tiling(LED)
+    y, _ = ps.scan(cell, gx, tuple(gp), gh, solver=KERNEL)
+    tiling(Tiling(4, 1, 4, 3, 2, 4, 2, 4))
+    found = torch.autograd.grad(y.sum(), [gx, *gp])
+    assert max(relative(g.cpu(), w) for g, w in zip(found, want, strict=False)) <= 1e-4
+
+
 def test_states_and_resets_of_any_strides(tiling):
     tiling(LED)
     cell = ps.cells.lstm
@@ -215,6 +285,43 @@ def test_unusual_cells(cell, tiling):
     compare(cell, x, params, h0)
 
 
+FUNCTIONS = {
+    "tanh": torch.tanh, "expm1": torch.expm1, "log1p": torch.log1p, "power 3": lambda x: x**3, "power 11": lambda x: x**11,
+    "power 100": lambda x: x**100, "power -9": lambda x: x**-9, "power 0.5": lambda x: x.abs() ** 0.5,
+    "denormal": lambda x: torch.where(x > 0, 1e-40, 0.5 * x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_accurate_in_relative_terms(name, tiling):
+    """Near 0 too, where a gate's effect is a small number."""
+    tiling(ALONE)
+    function = FUNCTIONS[name]
+
+    @ps.cell
+    def memoryless(h: ps.State, x: ps.Input):
+        return function(x) + 0.0 * h
+
+    size = torch.logspace(-6, 0.4, 24) if "power" not in name else torch.logspace(-0.1, 0.1, 24)
+    x = torch.cat([size, size if name == "log1p" else -size]).view(1, 48, 1, 1)
+    x = torch.cat([x, -0.9 * x.clamp(max=1.0)], 1) if name == "log1p" else x
+    want = function(x[:, :, 0].double())
+    got = ps.scan(memoryless, x.to(DEVICE), None, torch.zeros(1, 1, 1, device=DEVICE), solver=KERNEL)[0]
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5 if name == "power 100" else 1e-6, atol=1e-44)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="takes minutes in the interpreter")
+@pytest.mark.parametrize("sigma", [0.3, 1.0])
+@pytest.mark.parametrize("name", ["gru", "lstm", "slstm"])
+def test_the_numerics_contract_at_length(name, sigma):
+    """Recurrent weights up to N(0, 1); the states within 1e-5 or twice the error of the loop in fp32."""
+    cell = CHANNELWISE[name]
+    problem = fp32_problem(cell, 2, 2048, 32, sigma)
+    wide = [p.double() for p in problem[1]]
+    exact, plain = (loop(cell, *v) for v in ((problem[0].double(), wide, problem[2].double()), problem))
+    compare(cell, *problem, bounds=(max(1e-5, 2 * float((plain - exact).abs().max())), 1e-4))
+
+
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_compiled_into_one_graph(name, tiling):
     """The operator's fake kernels know the shapes that kernels return, of saved states and reports too."""
@@ -244,7 +351,7 @@ def test_no_gradient_of_y_or_none_of_the_final_state(tiling):
     assert max(relative(g.cpu(), w) for g, w in zip(got, want, strict=True)) <= 1e-4
 
 
-@pytest.mark.parametrize("seed", range(40) if ON_GPU else range(0, 40, 8))
+@pytest.mark.parametrize("seed", SEEDS if ON_GPU else SEEDS[::8])
 def test_fuzzed_cells(seed, tiling):
     tiling(Tiling(8, 1, 2, 2, 3, 4, 8, 4))
     source = Source(seed)
@@ -264,7 +371,9 @@ def test_decoding_is_the_step(name):
     want = by_loop(cell)(x.double(), [p.double() for p in params], h0.double())[1]
     gx, gp, gh = moved(x, params, h0)
     found = trace(cell, torch.float32, torch.device(DEVICE), (), ())
+    version = gh._version
     run_decode(cell, found, gh, gx[:, 0], gp, gh)
+    assert gh._version > version  # as an operation in place tells autograd
     assert float((gh.cpu() - want).abs().max()) <= 1e-6
 
 

@@ -82,14 +82,14 @@ def test_a_tiny_model_learns(data, tmp_path):
 
 
 def test_only_matrices_decay():
-    model = ParaRNNForCausalLM(replace(TINY, cell="headgru"))
+    model = ParaRNNForCausalLM(TINY.replace(cell="headgru"))
     decayed, kept = (group["params"] for group in parameter_groups(model, 0.1))
     names = {id(p): n for n, p in model.named_parameters()}
     decayed, kept = {names[id(p)] for p in decayed}, {names[id(p)] for p in kept}
     matrices = {"mixer.rnn.weight_ih_l0", "mixer.rnn.weight_hh_l0_R_z", "mixer.in_proj.weight", "mlp.down_proj.weight"}
     vectors = {"mixer.conv.weight", "mixer.rnn.bias_l0", "residual_scale", "mixer_norm.weight"}
-    assert {n.split(".", 2)[2] for n in decayed if ".0." in n} >= matrices
-    assert {n.split(".", 2)[2] for n in kept if ".0." in n} >= vectors
+    assert {n.split(".", 3)[3] for n in decayed if ".0." in n} >= matrices
+    assert {n.split(".", 3)[3] for n in kept if ".0." in n} >= vectors
     assert len(decayed) + len(kept) == len(names)
 
 
@@ -313,13 +313,11 @@ def test_a_non_finite_loss_names_layer_and_step_and_keeps_the_checkpoint(data, t
 
     def poisoned(run, interrupt):
         if run.step == 3:
-            run.model.get_parameter("blocks.1.mixer.norm.weight").data[5] = math.nan
+            run.model.get_parameter("model.layers.1.mixer.norm.weight").data[5] = math.nan
         return update(run, interrupt)
 
     monkeypatch.setattr(training, "_update", poisoned)
-    words = (
-        r"loss is nan at step 4, first in the output of blocks\.1\.mixer\.norm; the checkpoint .*step-000002 is kept"
-    )
+    words = r"loss is nan at step 4, first in the output of model\.layers\.1\.mixer\.norm; the checkpoint .*step-000002 is kept"
     with pytest.raises(DivergedError, match=words):
         train(run_config(data, checkpoint_every=2), tmp_path / "run", ALONE)
     model = checkpoint.load_model(tmp_path / "run")
@@ -328,10 +326,12 @@ def test_a_non_finite_loss_names_layer_and_step_and_keeps_the_checkpoint(data, t
 
 def test_a_non_finite_gradient_names_the_parameter(data, tmp_path):
     def arm(run: Run) -> None:
-        p = run.model.get_parameter("blocks.0.mlp.up_proj.weight")
+        p = run.model.get_parameter("model.layers.0.mlp.up_proj.weight")
         p.register_hook(lambda g: torch.full_like(g, math.inf))
 
-    with pytest.raises(DivergedError, match=r"norm is inf at step 1, first in the gradient of blocks\.0\.mlp\.up_proj"):
+    with pytest.raises(
+        DivergedError, match=r"norm is inf at step 1, first in the gradient of model\.layers\.0\.mlp\.up_proj"
+    ):
         train(run_config(data), tmp_path / "run", ALONE, on_start=arm)
 
 
@@ -408,7 +408,7 @@ def test_runs_are_not_overwritten_or_confused(data, tmp_path):
     with pytest.raises(ArgumentError, match=r"learning_rate = 0.0001 \(saved: 0.003\)"):
         train(replace(config, learning_rate=1e-4), where, ALONE, resume=True)
     with pytest.raises(ArgumentError, match=r"model = .*'hidden_size': 32"):
-        train(replace(config, model=replace(TINY, hidden_size=32)), where, ALONE, resume=True)
+        train(replace(config, model=TINY.replace(hidden_size=32)), where, ALONE, resume=True)
     other = tmp_path / "other.txt"
     other.write_text("other text " * 99)
     prepare(tmp_path / "other", text_files([other], 0.1, 0.1), Bytes())
@@ -474,7 +474,7 @@ def test_batches_divide_among_processes():
 
 def test_a_vocabulary_too_small_for_the_data_is_explained(data, tmp_path):
     with pytest.raises(ArgumentError, match=r"model.vocab_size: got 100; expected at least 256"):
-        train(run_config(data, model=replace(TINY, vocab_size=100)), tmp_path / "run", ALONE)
+        train(run_config(data, model=TINY.replace(vocab_size=100)), tmp_path / "run", ALONE)
 
 
 def test_an_unknown_device_is_explained():

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.BackendError,
         errors.CellError,
         errors.StructureError,
+        errors.MissingPackageError,
     )
     failed = (errors.DivergedError, errors.CheckpointError)
     try:
@@ -98,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate", help="continue a prompt with a trained model", description=_generate.__doc__
     )
-    generate.add_argument("--checkpoint", required=True, metavar="DIR", help="a run or one of its checkpoints")
+    generate.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a run, one of its checkpoints, or a saved model"
+    )
     generate.add_argument("--prompt", default=PROMPT, metavar="TEXT")
     generate.add_argument("--tokens", type=int, default=400, metavar="N", help="tokens to produce (default: 400)")
     generate.add_argument(
@@ -108,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "--top-k", type=int, default=40, metavar="K", help="sample among the K likeliest (default: 40)"
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N")
+    generate.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     generate.set_defaults(run=_generate)
 
     cell = "a shipped name, module:attribute, or path/to/file.py:attribute"
@@ -289,10 +293,12 @@ def _generate(options: argparse.Namespace) -> int:
     from .lm import checkpoint
     from .lm.data import TOKENIZER
     from .lm.generate import generate, generate_text
+    from .lm.processes import choose_device
     from .lm.tokenizer import read_tokenizer
 
-    path = checkpoint.find(options.checkpoint)
-    model = checkpoint.load_model(path)
+    saved = (Path(options.checkpoint) / "config.json").is_file()
+    path = Path(options.checkpoint, "config.json") if saved else checkpoint.find(options.checkpoint)
+    model = checkpoint.load_model(options.checkpoint, choose_device(options.device))
     sampling = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
     print(options.prompt, end="", flush=True)
     if (path.parent / TOKENIZER).exists():
@@ -309,8 +315,8 @@ def _generate(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     """Compare a cell's parallel pass and its gradients with the for-loop on random inputs; exit code 1 if they disagree."""
     from . import cells
+    from .cells.find import find_cell
     from .diagnostics import verify
-    from .lm.find_cell import find_cell
 
     chosen = [options.cell] if options.cell else cells.__all__
     passed = True
@@ -324,7 +330,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     """Say how ps.scan would run a cell at a shape, and why."""
-    from .lm.find_cell import find_cell
+    from .cells.find import find_cell
     from .scan import explain
 
     cell = find_cell(options.cell, argument="CELL", files=True)

@@ -8,6 +8,7 @@ A message names the argument, what came, what was expected and what to do. `Argu
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any, NoReturn
 
 
@@ -35,6 +36,14 @@ class GradientError(RuntimeError):
     """A derivative was asked for that the library does not provide."""
 
 
+class DivergedError(RuntimeError):
+    """A training's loss or its gradient became infinite or NaN; the last checkpoint is from before that."""
+
+
+class MissingPackageError(ImportError):
+    """A part of the library needs packages that are not installed."""
+
+
 class ConvergenceError(RuntimeError):
     """A set `max_iters` was reached before the tolerance.
 
@@ -48,10 +57,6 @@ class ConvergenceError(RuntimeError):
             f"With {chunks} chunks the loop's answer is reached after at most {chunks} iterations: leave max_iters=None "
             f"to run until converged, choose a longer chunk_length, or use ps.Sequential()."
         )
-
-
-class DivergedError(RuntimeError):
-    """The loss of a training or its gradient became infinite or NaN; the last checkpoint is from before that."""
 
 
 class CheckpointError(RuntimeError):
@@ -80,12 +85,19 @@ def bad_type(argument: str, came: Any, expected: str, remedy: str = "") -> NoRet
     )
 
 
+def needs(part: str, extra: str, *packages: str) -> None:
+    """Raise `MissingPackageError` unless the `packages` that `part` needs are there; the optional `extra` brings them."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingPackageError(f"{part} needs {' and '.join(missing)}: pip install 'parashoot[{extra}]'.")
+
+
 def needs_package(module: str, extra: str) -> Any:
-    """The optional package `module`, imported. Raises `ArgumentError` naming the `extra` that brings it."""
+    """The optional package `module`, imported. Raises `MissingPackageError` naming the `extra` that brings it."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        bad_value(module, f"no such package ({e})", "it installed", f"pip install 'parashoot[{extra}]'")
+        raise MissingPackageError(f"this needs {module} ({e}): pip install 'parashoot[{extra}]'.") from e
 
 
 def bad_cell(cell: str, problem: str, remedy: str, line: str = "") -> NoReturn:

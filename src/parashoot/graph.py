@@ -134,6 +134,12 @@ class Builder:
         return Graph(self.inputs, ops, tuple(map(renamed, outputs)), calls)
 
 
+# Those that take more than one instruction of a GPU, counted in compiled code.
+_INSTRUCTIONS = {
+    "exp": 3, "log": 20, "tanh": 2, "sigmoid": 3, "div": 5, "sin": 30, "cos": 30, "erf": 30, "atan2": 40, "log1p": 40, "expm1": 15, "pow": 4
+}  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """Named inputs, operations in order, outputs that are names or constants."""
@@ -158,6 +164,10 @@ class Graph:
         foreign = {op for op, _ in self.ops.values() if op not in EXPRESSIONS}
         powers = {op for op, args in self.ops.values() if op == "pow" and not _is_const(args[1])}
         return sorted(foreign | powers)
+
+    def instructions(self) -> int:
+        """Roughly how many machine instructions of a GPU it takes."""
+        return sum(_INSTRUCTIONS.get(op, 1) for op, _ in self.ops.values())
 
     def compile(self, dtype: torch.dtype) -> Callable[..., tuple]:
         """A Python function of the inputs that returns the outputs; intermediates are freed after their last use."""

@@ -161,17 +161,19 @@ class RNN(nn.Module):
             state = advance(self.cell, state, inputs, self.recurrent(suffix), inplace)
             out = state[:, self.cell.output].to(inputs.dtype)
             finals.append(state)
-        return out, h if inplace and h is not None else torch.stack(finals)
+        if inplace and h is not None:
+            return out, h
+        return out, torch.stack(finals) if len(finals) > 1 else finals[0].unsqueeze(0)
 
     def recurrent(self, suffix: str = "l0") -> list[Tensor]:
         """The cell's parameters for one layer and direction ("l0", "l0_reverse", ...), clipped, in the step's order."""
         if not self.cell.params:
             return []
-        if self._vectors:
-            found = list(getattr(self, f"weight_hh_{suffix}").unbind(0))
-        else:
-            found = [getattr(self, f"weight_hh_{suffix}_{name}") for name in self.cell.params]
         clip = self.recurrent_clip
+        if self._vectors:
+            found = getattr(self, f"weight_hh_{suffix}")
+            return list((_Clip.apply(found, clip) if clip else found).unbind(0))  # type: ignore[misc]
+        found = [getattr(self, f"weight_hh_{suffix}_{name}") for name in self.cell.params]
         return [_Clip.apply(p, clip) if clip and p.dim() == 1 else p for p in found]  # type: ignore[misc]
 
     def _project(self, x: Tensor, suffix: str) -> Tensor:

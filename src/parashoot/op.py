@@ -55,7 +55,7 @@ def _forward(
     last = ys[(layout.time - 1) % layout.length, :, :, -1]
     h_n = last.flatten(2).movedim(0, 1).to(h0.dtype)
     y = layout.unchunk(ys if all_states else ys[:, cell.output : cell.output + 1], x.dtype)
-    y = y if all_states else y.squeeze(2)
+    y = y if all_states else y.squeeze_(2)
     keep = save and _needs_saved(cell, x, all_states, "torch")
     saved = layout.unchunk(ys, steps.xs.dtype) if keep else steps.xs.new_empty(0)
     slowest, mean = (
@@ -77,7 +77,7 @@ def _forward_by_kernels(
     if plan.max_iters is not None and bool(facts[:, 2].any()):
         raise ConvergenceError(plan.max_iters, float(facts[:, 1].max()), plan.tol, plan.chunks)
     stats = [0.0, 0.0, 0.0, found.number, float(plan.chunk_length), 1.0]
-    return y if all_states else y.squeeze(2), h_n, saved, stats, facts
+    return y if all_states else y.squeeze_(2), h_n, saved, stats, facts
 
 
 @torch.library.custom_op("parashoot::scan", mutates_args=())
@@ -347,11 +347,9 @@ class Layout:
     def unchunk(self, v: Tensor, dtype: torch.dtype) -> Tensor:
         whole = (self.chunks - 1) * self.length
         v = v.flatten(4) if len(self.feature) > 1 else v
-        if self.chunks == 1:
-            out = v[:, :, :, 0].permute(2, 0, 1, 3).to(dtype).contiguous()
-            return out.flip(1) if self.reverse else out
         out = torch.empty(self.batch, self.time, v.shape[1], self.channels, dtype=dtype, device=v.device)
-        out[:, :whole].unflatten(1, (self.chunks - 1, self.length)).copy_(v[:, :, :, :-1].permute(2, 3, 0, 1, 4))
+        if self.chunks > 1:
+            out[:, :whole].unflatten(1, (self.chunks - 1, self.length)).copy_(v[:, :, :, :-1].permute(2, 3, 0, 1, 4))
         out[:, whole:] = v[: self.tail, :, :, -1].permute(2, 0, 1, 3)
         return out.flip(1) if self.reverse else out
 

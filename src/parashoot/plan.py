@@ -118,15 +118,15 @@ _EXACT_WIDTH = 16  # widest matrices for which exact products are cheaper than f
 
 @functools.lru_cache(maxsize=4096)
 def make_plan(
-    cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver, ops: tuple[int, int],
+    cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver, ops: tuple[int, int, int],
     foreign: tuple[str, ...], digest: str,
 ) -> Plan:  # fmt: skip
-    """The plan for x of `x_shape` (B, T, G, C); `ops` are elementary operations of a step and of its Jacobian, `foreign` those
-    that have no kernel expression, `digest` the cell's."""
+    """The plan for x of `x_shape` (B, T, G, C); `ops`: operations of a step and of its Jacobian, machine instructions of its
+    adjoint; `foreign` those operations that have no kernel expression; `digest` the cell's."""
     batch, time, _, channels = x_shape
     obstacle = no_kernel(cell, dtype, device, solver, foreign)
     if obstacle is None:
-        return _kernel_plan(cell, x_shape, dtype, device, solver, digest)
+        return _kernel_plan(cell, x_shape, dtype, device, solver, ops[2], digest)
     asked = isinstance(solver, MultipleShooting) and solver.backend == "triton"
     if asked:
         raise BackendError(f"backend: got 'triton'; {obstacle}. Use backend='auto' or 'torch'.")
@@ -208,7 +208,7 @@ def backend_for(cell: Cell, dtype: torch.dtype, device: torch.device, solver: So
 
 
 # Defects within which kernels stop: below the rounding of what is stored.
-_KERNEL_TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-5, torch.bfloat16: 1e-4}
+_KERNEL_TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-5, torch.bfloat16: 1e-4}
 
 
 def tolerance_backward(dtype: torch.dtype) -> float:
@@ -217,7 +217,13 @@ def tolerance_backward(dtype: torch.dtype) -> float:
 
 
 def _kernel_plan(
-    cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver, digest: str
+    cell: Cell,
+    x_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    solver: Solver,
+    instructions: int,
+    digest: str,
 ) -> Plan:
     batch, time, _, channels = x_shape
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -226,7 +232,7 @@ def _kernel_plan(
         asked = time
     elif not isinstance(solver.chunk_length, str):
         asked = min(int(solver.chunk_length), time)
-    tiling, reasons = choose(batch, time, channels, len(cell.states), processors, asked)
+    tiling, reasons = choose(batch, time, channels, len(cell.states), instructions, processors, asked)
     measured = tuned(device).get(str((digest, str(dtype), *x_shape))) if asked is None else None
     if measured is not None and measured.unroll == tiling.unroll:  # saved states stand at multiples of it
         tiling, reasons = measured, (f"{measured.chunks} chunks: the fastest that ps.tune measured on this device",)
@@ -255,7 +261,7 @@ def _tolerance(tol: float, jacobian: str, dtype: torch.dtype) -> float:
 _LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
-def _linear_ops(width: int, jacobian: str, ops: tuple[int, int]) -> int:
+def _linear_ops(width: int, jacobian: str, ops: tuple[int, ...]) -> int:
     """Elementary operations for each state element to form a step's Jacobian and multiply it on."""
     if jacobian == "zero":
         return 0
@@ -318,7 +324,7 @@ class Explanation:
 def plan_for(cell: Cell, x: Tensor, params: list[Tensor], solver: Solver) -> tuple[Plan, Trace]:
     """The plan and the trace for these tensors; traces the step if it is new."""
     found = trace_for(cell, x, params)
-    ops = (found.step_ops, found.jacobian_ops)
+    ops = (found.step_ops, found.jacobian_ops, found.instructions)
     return make_plan(cell, tuple(x.shape), x.dtype, x.device, solver, ops, found.foreign, found.digest), found
 
 

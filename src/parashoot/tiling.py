@@ -54,17 +54,25 @@ BURN = 32  # steps led in at first
 _SHORTEST = 128  # steps of a chunk: leading in costs a fraction
 _STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full
 _LAUNCH = 6e-6  # of the second launch and of reading what the first recorded
+_HEAVY = (100, 300)  # instructions of the adjoint beyond which arithmetic takes the time: up to two states, more
 _ELEMENTS = 512  # carries that a multiprocessor advances at once: enough loads in flight to keep the memory busy
 
 
 def choose(
-    batch: int, time: int, channels: int, slots: int, processors: int, chunk_length: int | None
+    batch: int, time: int, channels: int, slots: int, instructions: int, processors: int, chunk_length: int | None
 ) -> tuple[Tiling, tuple[str, ...]]:
-    """The tiling for x (B, T, G, C) on a device of so many multiprocessors, and the reasons; `chunk_length` as asked for or None."""
+    """The tiling for x (B, T, G, C) on a device of so many multiprocessors, and the reasons.
+
+    `instructions` of the step's adjoint tell whether bytes or arithmetic take the time; `chunk_length` as asked for or None.
+    """
     unroll = unroll_for(slots)
-    full = processors * _ELEMENTS
-    wide = batch * channels * 8 >= full and channels >= 128 and slots <= 2
-    columns = 128 if wide else max(16, min(64, 1 << (channels - 1).bit_length()))
+    heavy = instructions >= _HEAVY[slots > 2]
+    full = processors * _ELEMENTS * (2 if heavy and slots <= 2 else 1)
+    wide = batch * channels * 8 >= full and channels >= 128 and slots <= 2 and not heavy
+    most = (
+        32 if heavy and slots > 2 else 64
+    )  # many states and long steps: one channel a thread leaves registers for more warps
+    columns = 128 if wide else max(16, min(most, 1 << (channels - 1).bit_length()))
     stages = stages_for(slots)
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
@@ -120,6 +128,8 @@ def remember(device: torch.device, key: str, tiling: Tiling) -> None:
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
+        known = {}
+    if not isinstance(known, dict) or not isinstance(known.get(name, {}), dict):  # not a file that this wrote
         known = {}
     known.setdefault(name, {})[key] = asdict(tiling)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

@@ -59,6 +59,11 @@ class Trace:
         graphs = [g for g in (self.graph, self.adjoint) if g is not None]
         return tuple(sorted({op for g in graphs for op in g.only_in_torch()}))
 
+    @functools.cached_property
+    def instructions(self) -> int:
+        """Machine instructions of a GPU that the adjoint of a step takes, roughly; 0 where it has no graph."""
+        return 0 if self.adjoint is None else self.adjoint.instructions()
+
     @property
     def number(self) -> float:
         """52 bits of the digest as a float64, exactly: how the custom op hands it from forward to backward."""

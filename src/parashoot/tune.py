@@ -31,6 +31,8 @@ def tune(
     """
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         bad_value("repeats", repr(repeats), "an integer >= 1")
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        bad_value("x", x, "a tensor (B, T, G, C)")
     if params is None:
         params = [x.new_zeros(shape) for shape in parameter_shapes(cell, x.shape[3])]
     given = check_arguments(cell, x, params, None, None)
@@ -38,7 +40,7 @@ def tune(
     if plan.tiling is None or not x.is_cuda:
         raise BackendError(f"tune: no kernel runs here: {'; '.join(plan.reasons) or 'x is on the CPU'}.")
     key = (found.digest, str(x.dtype), *x.shape)
-    seconds = {}
+    before, seconds = tuned(x.device).get(str(key)), {}
     try:
         for tiling in _candidates(plan.tiling, x.shape[1], x.shape[3]):
             tuned(x.device)[str(key)] = tiling
@@ -46,6 +48,8 @@ def tune(
             seconds[tiling] = _time(cell, x, given, repeats)
     finally:
         tuned(x.device).pop(str(key), None)
+        if before is not None:  # kept if a run failed
+            tuned(x.device)[str(key)] = before
         make_plan.cache_clear()
     ranked = dict(sorted(seconds.items(), key=lambda pair: pair[1]))
     remember(x.device, str(key), next(iter(ranked)))
@@ -69,7 +73,8 @@ def _time(cell: Cell, x: Tensor, params: list[Tensor], repeats: int) -> float:
     def once() -> float:
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begun.record(torch.cuda.current_stream(x.device))
-        y, _ = scan(cell, leaves[0], tuple(leaves[1:]) or None)
+        with torch.enable_grad():
+            y, _ = scan(cell, leaves[0], tuple(leaves[1:]) or None)
         torch.autograd.grad(y, leaves, grad, allow_unused=True)
         ended.record(torch.cuda.current_stream(x.device))
         torch.cuda.synchronize(x.device)

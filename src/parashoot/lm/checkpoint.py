@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from transformers import AutoModelForCausalLM
 
 from ..errors import CheckpointError, bad_value
 from .models import build_model, model_config
@@ -129,10 +130,12 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: 
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Any:
-    """The model of a checkpoint, or of the latest one of a run, ready to generate.
+    """The model of a checkpoint, of the latest one of a run, or of a directory that `save_pretrained` wrote, ready to generate.
 
     Raises `ArgumentError` for a missing, damaged or foreign one.
     """
+    if (Path(path) / "config.json").is_file():
+        return AutoModelForCausalLM.from_pretrained(path).to(device).eval()  # type: ignore[arg-type]
     path = find(path)
     model = build_model(model_config(facts(path)["config"]["model"]))
     weights = get_model_state_dict(model)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from typing import Any
 
+import transformers
+from transformers import PretrainedConfig
+
+from ..cells.find import find_cell
 from ..errors import bad_type, bad_value
-from .find_cell import find_cell
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "conv_kernel", "state_expansion")  # fmt: skip
+REQUIRED = SIZES[:3]
+FROM_LIBRARY = ("architectures", "dtype", "torch_dtype")  # what transformers notes in a saved configuration
 
 
-@dataclass
-class ParaRNNConfig:
+class ParaRNNConfig(PretrainedConfig):
     """Sizes and options of a `ParaRNNForCausalLM`; d is `hidden_size`.
 
     - `vocab_size`, `hidden_size`, `num_hidden_layers`.
@@ -19,60 +26,81 @@ class ParaRNNConfig:
     - `cell`: a name in `parashoot.cells`, or "module:attribute".
     - `intermediate_size`: width of the SwiGLU MLP; None: 8d/3 rounded up to a multiple of 256.
     - `conv_kernel`: taps of the causal convolution in front of the cell.
+    - `state_expansion` e: the cell has e d channels.
     - `recurrent_clip`: bound on the cell's vector parameters; None: unbounded.
     - `tie_word_embeddings`: the head shares the embedding matrix.
-    - `eos_token_id`: the token that ends a generated text; None: none does.
+    - `z_loss`: while training, this times the mean of logsumexp(logits)^2 is added to the loss.
+    - `bos_token_id`, `eos_token_id`, `pad_token_id`: the tokens that begin, end and fill up a text; None: none does.
     - `rms_norm_eps`; `initializer_range`: standard deviation of embeddings and linear layers.
 
-    Raises `ArgumentError` and `ArgumentTypeError`. Source: Danieli et al. 2025 (ParaRNN, arXiv 2510.21450).
+    Further names are those that `transformers.PretrainedConfig` knows. Raises `ArgumentError` and `ArgumentTypeError`. Source:
+    Danieli et al. 2025 (ParaRNN, arXiv 2510.21450).
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_heads: int = 4
-    cell: str = "gru"
-    intermediate_size: int | None = None
-    conv_kernel: int = 4
-    recurrent_clip: float | None = 0.5
-    tie_word_embeddings: bool = False
-    eos_token_id: int | None = None
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-
     model_type = "pararnn"
+    has_no_defaults_at_init = True
+    keys_to_ignore_at_inference = ("past_key_values",)
 
-    def __post_init__(self) -> None:
-        if self.intermediate_size is None and is_count(self.hidden_size):
-            self.intermediate_size = math.ceil(8 * self.hidden_size / 3 / 256) * 256
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "conv_kernel"):
-            if not is_count(getattr(self, name)):
-                bad_value(name, repr(getattr(self, name)), "an integer >= 1")
-        if self.hidden_size % self.num_heads:
-            bad_value("hidden_size", str(self.hidden_size), f"a multiple of num_heads = {self.num_heads}")
-        if not isinstance(self.cell, str) or ":" not in self.cell:
-            find_cell(self.cell)
-        for name in ("recurrent_clip", "rms_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            if value is None and name == "recurrent_clip":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                bad_value(name, repr(value), "a finite number > 0" + (" or None" if name == "recurrent_clip" else ""))
-        if not isinstance(self.tie_word_embeddings, bool):
-            bad_type("tie_word_embeddings", self.tie_word_embeddings, "True or False")
-        eos = self.eos_token_id
-        if eos is not None and (not isinstance(eos, int) or isinstance(eos, bool) or not 0 <= eos < self.vocab_size):
-            bad_value("eos_token_id", repr(eos), f"None or a token below vocab_size = {self.vocab_size}")
+    def __init__(
+        self,
+        vocab_size: int | None = None,
+        hidden_size: int | None = None,
+        num_hidden_layers: int | None = None,
+        num_heads: int = 4,
+        cell: str = "gru",
+        intermediate_size: int | None = None,
+        conv_kernel: int = 4,
+        state_expansion: int = 1,
+        recurrent_clip: float | None = 0.5,
+        tie_word_embeddings: bool = False,
+        z_loss: float = 0.0,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        **library: Any,
+    ):
+        own = {name: value for name, value in locals().items() if name in own_fields()}
+        _check_names(own, library)
+        if intermediate_size is None and is_count(hidden_size):
+            own["intermediate_size"] = math.ceil(8 * own["hidden_size"] / 3 / 256) * 256
+        _check_values(own)
+        shared = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+        super().__init__(**library, **{name: own.pop(name) for name in shared})
+        for name, value in own.items():
+            setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and `model_type`, as plain values."""
-        return {"model_type": self.model_type, **asdict(self)}
+        return {"model_type": self.model_type, **{name: getattr(self, name) for name in own_fields()}}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to config.json: `to_dict()` and what transformers notes beside it."""
+        noted = {k: vars(self)[k] for k in FROM_LIBRARY if vars(self).get(k) is not None}
+        noted = {k: v if isinstance(v, list) else str(v).removeprefix("torch.") for k, v in noted.items()}
+        return {**self.to_dict(), **noted, "transformers_version": transformers.__version__}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ParaRNNConfig:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The configuration that `to_dict` gave. Raises `ArgumentError` for unknown or missing names."""
-        values = dict(checked_names(cls, {k: v for k, v in values.items() if k != "model_type"}))
-        return cls(**values)
+        if not isinstance(config_dict, dict):
+            bad_type(cls.__name__, config_dict, "a dict of its fields")
+        return super().from_dict(dict(config_dict), **kwargs)
+
+    def replace(self, **changes: Any) -> ParaRNNConfig:
+        """A copy with other values for some fields."""
+        return type(self)(**{**{name: getattr(self, name) for name in own_fields()}, **changes})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ParaRNNConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def own_fields() -> tuple[str, ...]:
+    """The names of the fields of a `ParaRNNConfig`, without the library's."""
+    return tuple(inspect.signature(ParaRNNConfig.__init__).parameters)[1:-1]
 
 
 def is_count(value: object) -> bool:
@@ -80,17 +108,49 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def checked_names(kind: Any, values: Any, *, required: tuple[str, ...] | None = None) -> dict[str, Any]:
-    """`values` if their names are fields of the dataclass `kind` and the `required` ones (None: those without default) are there."""
+def checked_names(kind: Any, values: Any) -> dict[str, Any]:
+    """`values` if their names are fields of the dataclass `kind` and those without default are there."""
     if not isinstance(values, dict):
         bad_type(kind.__name__, values, "a dict of its fields")
     names = [f.name for f in fields(kind)]
-    if required is None:
-        required = tuple(n for n in names if not hasattr(kind, n))
     for name in values:
         if name not in names:
             bad_value(kind.__name__, f"the unknown field {name!r}", f"fields among {', '.join(names)}")
+    required = tuple(n for n in names if not hasattr(kind, n))
     missing = [n for n in required if n not in values]
     if missing:
         bad_value(kind.__name__, f"no {', '.join(missing)}", f"the fields {', '.join(required)}")
     return values
+
+
+def _check_names(own: dict[str, Any], library: dict[str, Any]) -> None:
+    missing = [name for name in REQUIRED if own[name] is None]
+    if missing:
+        bad_value("ParaRNNConfig", f"no {', '.join(missing)}", f"the fields {', '.join(REQUIRED)}")
+    known = {*vars(PretrainedConfig()), *FROM_LIBRARY, "model_type", "name_or_path", "num_labels", "output_attentions", "auto_map"}  # fmt: skip
+    for name in library:
+        if name not in known and not name.startswith("_") and not name.endswith("_implementation"):
+            bad_value("ParaRNNConfig", f"the unknown field {name!r}", f"fields among {', '.join(own)}")
+
+
+def _check_values(own: dict[str, Any]) -> None:
+    for name in SIZES:
+        if not is_count(own[name]):
+            bad_value(name, repr(own[name]), "an integer >= 1")
+    if own["hidden_size"] % own["num_heads"]:
+        bad_value("hidden_size", str(own["hidden_size"]), f"a multiple of num_heads = {own['num_heads']}")
+    if not isinstance(own["cell"], str) or ":" not in own["cell"]:
+        find_cell(own["cell"])
+    for name in ("recurrent_clip", "rms_norm_eps", "initializer_range", "z_loss"):
+        value, least = own[name], "a finite number >= 0" if name == "z_loss" else "a finite number > 0"
+        if value is None and name == "recurrent_clip":
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        if not number or (value == 0 and name != "z_loss"):
+            bad_value(name, repr(value), least + (" or None" if name == "recurrent_clip" else ""))
+    if not isinstance(own["tie_word_embeddings"], bool):
+        bad_type("tie_word_embeddings", own["tie_word_embeddings"], "True or False")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token, vocab = own[name], own["vocab_size"]
+        if token is not None and (not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab):
+            bad_value(name, repr(token), f"None or a token below vocab_size = {vocab}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import math
 from collections.abc import Callable
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from ..errors import bad_type, bad_value
 from .config import is_count
+from .decode import BURST, Decoder
 from .model import ParaRNNForCausalLM
 
 
-@torch.no_grad()
 def generate(
     model: ParaRNNForCausalLM,
     prompt: Tensor,
@@ -30,23 +29,17 @@ def generate(
     `temperature` 0 takes the likeliest. The same `seed` gives the same tokens. Ends early after `eos_token_id` of the
     configuration, or when `on_token`, called with each token, returns True. Raises `ArgumentError`.
     """
-    _check(model, prompt, max_new_tokens, temperature, top_k)
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    try:
-        out = model(prompt.to(device, torch.int64)[None])
-        logits, cache, tokens = out.logits[:, -1], out.cache, []
-        while True:
-            token = _sample(logits[0].float().cpu(), temperature, top_k, generator)
+    _check(model, prompt, max_new_tokens)
+    decoder = Decoder(model, temperature=temperature, top_k=top_k, seed=seed)
+    decoder.prefill(prompt.to(torch.int64)[None])
+    burst = BURST if decoder.device.type == "cuda" else 1
+    tokens: list[int] = []
+    while len(tokens) < max_new_tokens:
+        for token in decoder.sample(min(burst, max_new_tokens - len(tokens)))[0].tolist():
             tokens.append(token)
-            stop = on_token is not None and bool(on_token(token))
-            if stop or token == model.config.eos_token_id or len(tokens) == max_new_tokens:
+            if (on_token is not None and on_token(token)) or token == model.config.eos_token_id:
                 return tokens
-            logits, cache = model.step(torch.tensor([token], device=device), cache)
-    finally:
-        model.train(was_training)
+    return tokens
 
 
 def generate_text(
@@ -93,9 +86,7 @@ def generate_text(
     return "".join(pieces)
 
 
-def _check(
-    model: ParaRNNForCausalLM, prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int | None
-) -> None:
+def _check(model: ParaRNNForCausalLM, prompt: Tensor, max_new_tokens: int) -> None:
     if not isinstance(prompt, Tensor) or prompt.dim() != 1 or prompt.numel() == 0:
         bad_value("prompt", prompt, "token ids of shape (T,), at least one")
     vocab = model.config.vocab_size
@@ -103,17 +94,3 @@ def _check(
         bad_value("prompt", f"ids from {int(prompt.min())} to {int(prompt.max())}", f"ids below vocab_size = {vocab}")
     if not is_count(max_new_tokens):
         bad_value("max_new_tokens", repr(max_new_tokens), "an integer >= 1")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
-        bad_value("temperature", repr(temperature), "a number >= 0; 0 takes the likeliest token")
-    if top_k is not None and not is_count(top_k):
-        bad_value("top_k", repr(top_k), "None or an integer >= 1")
-
-
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """A token from logits (V,)."""
-    if temperature == 0:
-        return int(logits.argmax())
-    if top_k is not None and top_k < logits.shape[0]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
-    scaled = (logits - logits.max()).double() / temperature  # no temperature > 0 can overflow
-    return int(torch.multinomial(torch.softmax(scaled, 0), 1, generator=generator))

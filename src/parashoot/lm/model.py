@@ -1,204 +1,223 @@
-"""The language model: blocks of a recurrent mixer and an MLP, as in ParaRNN (Danieli et al. 2025, arXiv 2510.21450).
-
-    u, g = W_in norm(x);  y = cell(silu(conv(u)));  x <- s * x + W_out norm(y * silu(g));  x <- x + MLP(norm(x))
-
-A `Cache` holds what a block needs of the past, the same size whatever the length: the last k - 1 inputs of its convolution
-and the cell's state. So `forward` in pieces equals `forward` at once, and `step` decodes one token in constant time.
-"""
+"""The language model as a Hugging Face model: embedding, blocks, a norm and a head; loss, cache, padding and documents."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..errors import bad_type, bad_value
 from ..layers import RNN
+from .block import Block, Mixer, ResidualLinear, RMSNorm
+from .cache import Cache, boundaries
 from .config import ParaRNNConfig
 from .conv import CausalConv
-from .find_cell import find_cell
+from .generation import StatefulGeneration
+from .loss import next_token_loss
 
 
 @dataclass
-class Cache:
-    """The past, for each block: `conv` (B, k - 1, d) and `state` (1, B, S, d)."""
+class CausalLMOutput(CausalLMOutputWithPast):
+    """`loss` (None without labels), `logits`, the cache, and `z_loss`, the part of `loss` that is no cross-entropy, where there is one."""
 
-    conv: list[Tensor]
-    state: list[Tensor]
-
-    def detach(self) -> Cache:
-        """The same past, through which no gradient flows."""
-        return Cache([t.detach() for t in self.conv], [t.detach() for t in self.state])
+    z_loss: Tensor | None = None
 
 
-@dataclass
-class CausalLMOutput:
-    """`loss` (scalar, or None without labels), `logits` (B, T, V), and the `cache` after the last token."""
+class ParaRNNPreTrainedModel(PreTrainedModel):
+    """Initialization, saving and loading of the models below.
 
-    loss: Tensor | None
-    logits: Tensor
-    cache: Cache
+    Embeddings and linear layers are drawn from N(0, r^2), those that write to the residual stream from N(0, r^2 / 2L), with
+    r = `initializer_range` and L blocks; the recurrent layers and the convolutions as they draw themselves.
+    """
 
+    config_class = ParaRNNConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * w, with w in the dtype of x, for which PyTorch has a fused kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-class Mixer(nn.Module):
-    """W_out norm(cell(silu(conv(u))) * silu(g)), with u, g = W_in x: (B, T, d) -> (B, T, d)."""
-
-    def __init__(self, config: ParaRNNConfig):
-        super().__init__()
-        d = config.hidden_size
-        self.in_proj = nn.Linear(d, 2 * d, bias=False)
-        self.conv = CausalConv(d, config.conv_kernel)
-        self.rnn = RNN(find_cell(config.cell), d, d, num_heads=config.num_heads, recurrent_clip=config.recurrent_clip)
-        self.norm = RMSNorm(d, eps=config.rms_norm_eps)
-        self.out_proj = nn.Linear(d, d, bias=False)
-
-    def forward(
-        self, x: Tensor, conv: Tensor | None, state: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, d), the past `conv` and `state` -> (y (B, T, d), their values after the last step)."""
-        u, g = self.in_proj(x).chunk(2, -1)
-        u, conv_after = self.conv(u, conv, reset)
-        y, state_after = self.rnn(F.silu(u), state, reset=reset)
-        return self.out_proj(self.norm(y * F.silu(g))), conv_after, state_after
-
-    def step(self, x: Tensor, conv: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for one step: x (B, d)."""
-        u, g = self.in_proj(x).chunk(2, -1)
-        u, conv_after = self.conv.step(u, conv)
-        y, state_after = self.rnn.step(F.silu(u), state)
-        return self.out_proj(self.norm(y * F.silu(g))), conv_after, state_after
-
-
-class SwiGLU(nn.Module):
-    """W_down (silu(a) * b), with a, b = W_up x: (..., d) -> (..., d)."""
-
-    def __init__(self, config: ParaRNNConfig):
-        super().__init__()
-        assert config.intermediate_size is not None
-        self.up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = self.up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(a) * b)
-
-
-class Block(nn.Module):
-    """x <- s * x + mixer(norm(x)), with s learned for each channel, then x <- x + MLP(norm(x))."""
-
-    def __init__(self, config: ParaRNNConfig):
-        super().__init__()
-        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = Mixer(config)
-        self.residual_scale = nn.Parameter(torch.ones(config.hidden_size))
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
-
-    def forward(
-        self, x: Tensor, conv: Tensor | None, state: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, d), the past -> (x (B, T, d), the past after it)."""
-        y, conv_after, state_after = self.mixer(self.mixer_norm(x), conv, state, reset)
-        x = self.residual_scale * x + y
-        return x + self.mlp(self.mlp_norm(x)), conv_after, state_after
-
-    def step(self, x: Tensor, conv: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for one step: x (B, d)."""
-        y, conv_after, state_after = self.mixer.step(self.mixer_norm(x), conv, state)
-        x = self.residual_scale * x + y
-        return x + self.mlp(self.mlp_norm(x)), conv_after, state_after
-
-
-class ParaRNNForCausalLM(nn.Module):
-    """Embedding, `num_hidden_layers` blocks, a norm and a head: token ids (B, T) -> logits (B, T, V)."""
-
-    def __init__(self, config: ParaRNNConfig):
-        super().__init__()
+    def __init__(self, config: ParaRNNConfig, *args: Any, **kwargs: Any):
         if not isinstance(config, ParaRNNConfig):
             bad_type("config", config, "a ParaRNNConfig")
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.reset_parameters()
-        if config.tie_word_embeddings:
-            self.head.weight = self.embedding.weight
+        super().__init__(config, *args, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, ResidualLinear):
+            nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, (RNN, CausalConv, RMSNorm)):
+            module.reset_parameters()
+        elif isinstance(module, Block):
+            nn.init.ones_(module.residual_scale)
 
     def reset_parameters(self) -> None:
-        """Draw embeddings and linear layers from N(0, r^2), those that write to the residual from N(0, r^2 / 2L)."""
-        std = self.config.initializer_range
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                writes = name.endswith(("out_proj", "down_proj"))
-                nn.init.normal_(module.weight, std=std / math.sqrt(2 * len(self.blocks)) if writes else std)
+        """Draw all parameters anew, as after `to_empty` of a model that was built on the meta device."""
+        self.apply(self._init_weights)
+        self.tie_weights()
 
     def recurrent_layers(self) -> list[RNN]:
         """The recurrent layer of each block; assign their `solver` to choose how time runs."""
         return [m.rnn for m in self.modules() if isinstance(m, Mixer)]
 
-    def num_parameters(self) -> int:
-        """Number of parameters, a shared matrix counted once."""
-        return sum(p.numel() for p in self.parameters())
+
+class ParaRNNModel(ParaRNNPreTrainedModel):
+    """Embedding, `num_hidden_layers` blocks and a norm: token ids (B, T) -> hidden states (B, T, d)."""
+
+    def __init__(self, config: ParaRNNConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, cache: Cache | None = None, reset: Tensor | None = None
-    ) -> CausalLMOutput:
-        """Run over tokens in parallel over time, from `cache` on if there is one.
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        reset: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Run over tokens in parallel over time; arguments as in `ParaRNNForCausalLM.forward`."""
+        x = self._embed(input_ids, inputs_embeds)
+        past = Cache() if past_key_values is None else past_key_values
+        self._check(x, attention_mask, past, reset)
+        if attention_mask is not None:
+            begins = boundaries(attention_mask, x.shape[1])
+            reset = begins if reset is None else reset | begins
+        use_cache = past_key_values is not None or (not self.training if use_cache is None else use_cache)
+        checkpointed = self.gradient_checkpointing and self.training
+        after = []
+        for k, block in enumerate(self.layers):
+            if checkpointed:
+                x, *new = self._gradient_checkpointing_func(block.__call__, x, *past.past(k), reset)
+            else:
+                x, *new = block(x, *past.past(k), reset)
+            after.append(new)
+        if use_cache:
+            past.store(after, x.shape[1])
+        out = BaseModelOutputWithPast(self.norm(x), past if use_cache else None)  # type: ignore[arg-type]
+        return out.to_tuple() if return_dict is False else out
 
-        - `input_ids` (B, T) int64. `labels` (B, T): usually `input_ids`; the logits at t are scored against the label at
-          t + 1, and labels of -100 are left out. At least two tokens are then needed.
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            came = "neither" if input_ids is None else "both"
+            bad_value("input_ids and inputs_embeds", came, "one of them")
+        if inputs_embeds is not None:
+            if (
+                inputs_embeds.dim() != 3
+                or inputs_embeds.shape[2] != self.config.hidden_size
+                or not inputs_embeds.numel()
+            ):
+                bad_value("inputs_embeds", inputs_embeds, f"shape (B, T, {self.config.hidden_size}), not empty")
+            return inputs_embeds
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+            bad_type("input_ids", input_ids, "an int64 tensor (B, T) of token ids")
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            bad_value("input_ids", input_ids, "shape (B, T), not empty")
+        return self.embed_tokens(input_ids)
+
+    def _check(self, x: Tensor, attention_mask: Tensor | None, past: Any, reset: Tensor | None) -> None:
+        batch, time = x.shape[:2]
+        if not isinstance(past, Cache):
+            bad_type("past_key_values", past, "None or a parashoot.lm.Cache")
+        if past.state and (len(past.state) != len(self.layers) or past.batch_size != batch):
+            came = f"{len(past.state)} blocks, batch {past.batch_size}"
+            bad_value("past_key_values", came, f"{len(self.layers)} blocks, batch {batch}")
+        if reset is not None and (reset.dtype != torch.bool or tuple(reset.shape) != (batch, time)):
+            bad_value("reset", reset, f"torch.bool of shape (B, T) = {(batch, time)}")
+        mask = attention_mask
+        if mask is not None and (mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < time):
+            bad_value("attention_mask", mask, f"shape (B, at least T) = ({batch}, {time} or more), 0 for padding")
+
+
+class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationMixin):
+    """A `ParaRNNModel` and a head: token ids (B, T) -> logits (B, T, V). Source: Danieli et al. 2025 (arXiv 2510.21450)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: ParaRNNConfig):
+        super().__init__(config)
+        self.model = ParaRNNModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        reset: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Run over tokens in parallel over time, from `past_key_values` on if there is one.
+
+        - `input_ids` (B, T) int64, or `inputs_embeds` (B, T, d).
+        - `attention_mask` (B, T), or longer by what came before: 0 for padding. Where text begins after padding, nothing earlier
+          reaches it, so left padding changes no result. Outputs at padding, and the cache after padding on the right, mean nothing.
+        - `past_key_values`: continued from, and left holding the past after the last token.
+        - `labels` (B, T) int64: usually `input_ids`; the logits at t are scored against the label at t + 1, and labels of -100 are
+          left out. At least two tokens are then needed. The loss is the mean over the tokens scored, or their sum over
+          `num_items_in_batch`; while training `z_loss` of the configuration is part of it, and stands in the output by itself.
         - `reset` (B, T) bool: a new document begins at t; nothing of earlier tokens reaches it.
+        - `use_cache`: return the cache; by default where not training.
+        - `logits_to_keep`: only the last so many logits, 0 for all, or the positions in a tensor.
+
+        While training with labels the logits are never formed as a whole, and `logits` is None. Raises `ArgumentError` and
+        `ArgumentTypeError`.
         """
-        self._check(input_ids, 2, cache)
-        for name, value, dtype in (("labels", labels, torch.int64), ("reset", reset, torch.bool)):
-            if value is not None and (value.dtype != dtype or value.shape != input_ids.shape):
-                bad_value(name, value, f"{dtype} of the shape of input_ids, {tuple(input_ids.shape)}")
-        if labels is not None and labels.shape[1] < 2:
-            bad_value("labels", labels, "at least two tokens", "The first one has nothing that predicts it.")
-        x, after = self.embedding(input_ids), Cache([], [])
-        for k, block in enumerate(self.blocks):
-            x, conv, state = block(x, *_past(cache, k), reset)
-            after.conv.append(conv)
-            after.state.append(state)
-        logits = self.head(self.norm(x))
-        loss = None
+        given = (input_ids, attention_mask, past_key_values, inputs_embeds, reset, use_cache)
+        hidden, *after = self.model(*given, return_dict=False)
+        loss = logits = z_part = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutput(loss, logits, after)
-
-    def step(self, token: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """One step of decoding: token (B,) -> (logits (B, V), the cache after it). Agrees with `forward`."""
-        self._check(token, 1, cache)
-        x, after = self.embedding(token), Cache([], [])
-        for k, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            x, conv, state = block.step(x, *_past(cache, k))
-            after.conv.append(conv)
-            after.state.append(state)
-        return self.head(self.norm(x)), after
-
-    def _check(self, tokens: Tensor, dims: int, cache: Cache | None) -> None:
-        shape = "(B, T)" if dims == 2 else "(B,)"
-        name = "input_ids" if dims == 2 else "token"
-        if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-            bad_type(name, tokens, f"an int64 tensor {shape} of token ids")
-        if tokens.dim() != dims or tokens.numel() == 0:
-            bad_value(name, tokens, f"shape {shape}, not empty")
-        if cache is not None and (len(cache.state) != len(self.blocks) or cache.state[0].shape[1] != tokens.shape[0]):
-            came = f"{len(cache.state)} blocks, batch {cache.state[0].shape[1] if cache.state else 0}"
-            bad_value("cache", came, f"{len(self.blocks)} blocks, batch {tokens.shape[0]}")
-
-
-def _past(cache: Cache | None, block: int) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if cache is None else (cache.conv[block], cache.state[block])
+            if labels.dtype != torch.int64 or labels.shape != hidden.shape[:2]:
+                bad_value("labels", labels, f"torch.int64 of the shape of input_ids, {tuple(hidden.shape[:2])}")
+            if labels.shape[1] < 2:
+                bad_value("labels", labels, "at least two tokens", "The first one has nothing that predicts it.")
+            z_loss = self.config.z_loss if self.training else 0.0
+            options = {"z_loss": z_loss, "num_items": num_items_in_batch}
+            loss, z_part = next_token_loss(hidden, self.lm_head.weight, labels, **options)
+        if labels is None or not self.training:
+            kept = (
+                slice(-logits_to_keep if logits_to_keep else None, None)
+                if isinstance(logits_to_keep, int)
+                else logits_to_keep
+            )
+            logits = self.lm_head(hidden[:, kept])
+        out = CausalLMOutput(
+            loss, logits, after[0] if after else None, z_loss=z_part if self.training and self.config.z_loss else None
+        )
+        return out.to_tuple() if return_dict is False else out

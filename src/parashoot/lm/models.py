@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import bad_type, bad_value
 from ..layers import RNN
+from .cache import Cache
 from .config import ParaRNNConfig
 from .model import ParaRNNForCausalLM
 
@@ -38,7 +39,7 @@ def build_model(config: Any) -> nn.Module:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The residual blocks, which are compiled, checkpointed and sharded one by one."""
-    return list(model.get_submodule("blocks").children())
+    return list(model.get_submodule("model.layers").children())
 
 
 def recurrent_layers(model: nn.Module) -> list[RNN]:
@@ -48,8 +49,8 @@ def recurrent_layers(model: nn.Module) -> list[RNN]:
 
 def continued(model: nn.Module, ids: Tensor, past: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
     """Run over ids (B, T) from `past` on (None: from nothing): logits (B, T, V), and the past after them."""
-    out = model(ids, cache=past, reset=reset)
-    return out.logits, out.cache
+    past = Cache() if past is None else past
+    return model(ids, past_key_values=past, reset=reset).logits, past
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

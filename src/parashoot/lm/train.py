@@ -119,16 +119,13 @@ def _update(run: Run, interrupt: Interrupt) -> dict[str, Any]:
     for ids, reset in batches:
         with precision(run.group, run.bf16):
             out = model(input_ids=ids, labels=ids, reset=reset)
-        loss, square = out.loss, torch.zeros_like(out.loss)
-        if config.z_loss:
-            square = torch.logsumexp(out.logits[:, :-1].float(), -1).square().mean()
-            loss = loss + config.z_loss * square
-        (loss / len(batches)).backward()
-        sums += torch.stack([out.loss.detach(), square.detach()]).float() / len(batches)
+        (out.loss / len(batches)).backward()
+        extra = out.z_loss if config.z_loss else torch.zeros_like(out.loss)
+        sums += torch.stack([(out.loss - extra).detach(), extra.detach()]).float() / len(batches)
     total = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
     signals = torch.full_like(sums[:1], float(interrupt.received))
-    loss, square, signals = (run.group.sum(torch.cat([sums, signals])) / run.group.size).tolist()
+    loss, extra, signals = (run.group.sum(torch.cat([sums, signals])) / run.group.size).tolist()
     _check_finite(run, {"loss": loss, "gradient norm": norm}, batches)
     nn.utils.clip_grads_with_norm_(list(model.parameters()), config.grad_clip, total)
     rate = config.learning_rate_at(run.step)
@@ -137,7 +134,7 @@ def _update(run: Run, interrupt: Interrupt) -> dict[str, Any]:
     run.optimizer.step()
     run.interrupted = signals > 0
     if config.z_loss:
-        facts["log_partition_squared"] = square
+        facts["log_partition_squared"] = extra / config.z_loss
     return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **facts}
 
 
@@ -188,7 +185,7 @@ def _open(config: TrainConfig, directory: Path, group: Processes, resume: bool, 
     data = open_data(config.data).fitting(config.model.vocab_size)
     windows = Windows(data.split("train"), config.sequence_length, config.seed)
     torch.manual_seed(config.seed)
-    model = build_model(config.model)
+    model = build_model(config.model.replace(z_loss=config.z_loss))
     bf16 = uses_bf16(config, group)
     place(model, group, bf16=bf16, compiled=config.compile, checkpointed=config.activation_checkpointing)
     groups = parameter_groups(model, config.weight_decay / config.learning_rate)  # AdamW multiplies by the rate

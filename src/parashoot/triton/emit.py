@@ -1,4 +1,4 @@
-"""From canonical graphs to Triton text: each operation one line, no knowledge of derivatives or of any cell."""
+"""From canonical graphs to Triton text: one line an operation, no knowledge of derivatives or of any cell."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXPRESSIONS = {
     "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}",
     "lt": "{} < {}", "le": "{} <= {}", "gt": "{} > {}", "ge": "{} >= {}", "eq": "{} == {}", "ne": "{} != {}",
     "and": "{} & {}", "or": "{} | {}", "not": "~{}",
-    "exp": "tl.exp({})", "expm1": "tl.exp({}) - 1.0", "log": "tl.log({})", "log1p": "tl.log(1.0 + {})",
+    "exp": "tl.exp({})", "expm1": "expm1({})", "log": "tl.log({})", "log1p": "log1p({})",
     "sin": "tl.sin({})", "cos": "tl.cos({})", "tanh": "tanh({}, FAST)", "sigmoid": "sigmoid({}, FAST)",
     "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})", "abs": "tl.abs({})", "sign": "sign({})",
     "maximum": "larger({}, {})", "minimum": "smaller({}, {})", "where": "tl.where({}, {}, {})",
@@ -19,27 +19,40 @@ EXPRESSIONS = {
 }  # fmt: skip
 
 
-def power(base: str, exponent: float) -> str:
-    """base ** exponent for a constant exponent."""
-    if 1 <= abs(exponent) <= 64 and exponent == int(exponent):
-        product = " * ".join([base] * int(abs(exponent)))
-        return product if exponent > 0 else f"1.0 / ({product})"
-    return f"tl.exp({exponent!r} * tl.log({base}))"
+def power(name: str, base: str, exponent: float) -> list[str]:
+    """name = base ** exponent for a constant exponent: an integer by repeated squaring."""
+    n, square, factors, out = abs(exponent), base, [], []
+    if not math.isfinite(n) or n != int(n):
+        return [f"{name} = tl.exp({exponent!r} * tl.log({base}))"]
+    n = int(n)
+    while n:
+        if n & 1:
+            factors.append(square)
+        n >>= 1
+        if n:
+            out.append(f"{name}_{len(out)} = {square} * {square}")
+            square = f"{name}_{len(out) - 1}"
+    product = " * ".join(factors) or "1.0"
+    return [*out, f"{name} = {product}" if exponent > 0 else f"{name} = 1.0 / ({product})"]
 
 
 def atom(a: Atom) -> str:
-    """A name, or a constant as a literal that Triton takes."""
+    """A name, or a constant as a literal that Triton takes for fp32."""
     if isinstance(a, float) and not math.isfinite(a):
         return f'float("{a}")'
+    if isinstance(a, float) and a != 0.0 and not 2**-126 <= abs(a) < 2**128:
+        return f"tl.full([], {a!r}, tl.float32)"
     return a if isinstance(a, str) else repr(a)
 
 
 def lines(graph: Graph) -> list[str]:
-    """One assignment for each operation."""
+    """Assignments for all operations, in order."""
     out = []
     for name, (op, args) in graph.ops.items():
-        text = power(*args) if op == "pow" else EXPRESSIONS[op].format(*map(atom, args))  # type: ignore[index]
-        out.append(f"{name} = {text}")
+        if op == "pow":
+            out += power(name, *args)  # type: ignore[arg-type]
+        else:
+            out.append(f"{name} = {EXPRESSIONS[op].format(*map(atom, args))}")
     return out
 
 

@@ -119,6 +119,7 @@ def run_decode(cell: Cell, found: Trace, state: Tensor, inputs: Tensor, params: 
     fast = inputs.dtype == torch.bfloat16 and inputs.is_cuda
     with torch.cuda.device(state.device) if state.is_cuda else contextlib.nullcontext():
         _load_decode(made)[(-(-batch * channels // 128),)](**given, LANES=128, FAST=fast, num_warps=4)
+    torch.autograd.graph.increment_version(out)
 
 
 def _launch(
@@ -137,7 +138,7 @@ def _launch(
     ends = new(batch, made.slots, chunks, channels) if chunks > 1 else facts
     common = given | place | {"starts_ptr": starts, "ends_ptr": ends, "facts_ptr": facts, "C": channels, "tol": tol}
     fast = x.dtype == torch.bfloat16 and x.is_cuda
-    common |= {"records": records, "FAST": fast, "WIDE": max(map(_extent, (x, given.get("dy_ptr", x)))) >= 2**31}
+    common |= {"records": records, "FAST": fast, "WIDE": any(_extent(given[n]) >= 2**31 for n in _FAR & given.keys())}
     ragged = lambda width, end: place["LO"] > 0 or channels % width != 0 or end != length
     shoot = {
         "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, 16 * tiling.burn),
@@ -166,6 +167,7 @@ def _launch(
     return report.view(-1, 3)
 
 
+_FAR = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr"}  # what is addressed by strides within a sequence
 _CONSTANTS = {"BD", "NC", "SPAN", "FAST", "MASKED", "ALONE", "WIDE"}  # lengths compile nothing new
 _compiled: set[tuple] = set()
 

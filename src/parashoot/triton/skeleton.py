@@ -3,13 +3,13 @@
 A sweep carries S numbers a channel through positions LO..L-1: the states or, backward, the gradients by the states. Time is cut
 into `chunks` of CL positions. Two launches:
 
-SHOOT, a program for each chunk and BD channels. `lead`: run into the chunk's start over the `run` positions before it, from
+SHOOT, a program for each chunk and BD channels, does RUN. `lead`: run into the chunk's start over the `run` positions before it, from
     zero, with the Jacobian m of that run: where the cell forgets, m says that the start is known; else run from further back.
     `write`: run through the chunk from there, storing results. Starts, of chunks and of every `snap` positions, and ends are recorded.
 CORRECT, a program for each BD channels; its NC rows are chunks of its own. Reads all starts and ends; where they agree it ends.
     Else Newton: run through each row from its start, storing results, with the Jacobian m; compare its end v with the start t of
-    the next row; a scan over rows gives the corrections, t <- v + m delta, exact one row further each time: at most NC passes,
-    whatever the Jacobians.
+    the next row; a scan over rows gives the corrections, t <- v + m delta. What {patience} passes have not brought together (steps that
+    jump, states that latch: there Jacobians say little) does RUN in one chunk, which is the loop: the last pass, whatever the step.
 
 Names: i the carry that enters the sequence, v a running carry. `fill` puts lines in place of {markers}; `$...$` is repeated for
 every slot {i}, `$$...$$` for every pair {i}, {k}.
@@ -20,27 +20,30 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+PLACE = "T0, DIR, LO, L, C"  # position q lies at time T0 + q DIR
+PATIENCE = 3  # passes before a program goes through its channels in order
+
 _HEAD = """
     tile = program % tiles
     row = tl.arange(0, NC)[:, None]
     col = (tile * BD + tl.arange(0, BD))[None, :]
+    col = col.to(tl.int64) if WIDE else col
     inside = col < C
     zero = tl.zeros([NC, BD], tl.float32)
     {setup}
 """
 
-SHOOT = (
+RUN = (
     """
-@triton.jit(do_not_specialize={fixed})
-def {name}_shoot(
-    {arguments}, starts_ptr, ends_ptr, facts_ptr, T0, DIR, LO, L, C, CL, tiles, chunks, snap, records, tol, burn, furthest,
+@triton.jit
+def {name}_run(
+    program, {arguments},
+    {place}, starts_ptr, ends_ptr, CL, tiles, chunks, parts, snap, records, tol, burn, furthest,
     BD: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, ALONE: tl.constexpr, WIDE: tl.constexpr,
 ):
     NC: tl.constexpr = 1
-    program = tl.program_id(0)  # channels first, then chunks, then sequences: one grid axis, for only the first may be long
     part = program // tiles % chunks
     b = (program // tiles // chunks).to(tl.int64)
-    parts = chunks
     chunk = part + 0 * tl.arange(0, 1)[:, None]
 """
     + _HEAD
@@ -48,7 +51,7 @@ def {name}_shoot(
     live = inside
     base = chunk * CL
     $s{i} = i{i}$
-    settled = part + burn >= 0
+    settled = part >= 0  # true, and a tensor as a loop's variable has to be
     if not ALONE:
         run = burn + 0 * part
         goal = 0.125 * tol  # what is led in is compared with the tolerance itself
@@ -76,21 +79,41 @@ def {name}_shoot(
     ran = n > 0
     final = live & (chunk == chunks - 1)
     {finish}
-    fact = facts_ptr + ((b * parts + part) * tiles + tile) * 3
-    tl.store(fact, 1.0)
-    tl.store(fact + 1, 0.0)
-    tl.store(fact + 2, (settled == 0).to(tl.float32))
     if not ALONE:
         mark = (b * {S} * chunks + chunk) * C + col
         $tl.store(ends_ptr + mark + {i} * chunks * C, v{i}, mask=inside)$
+    return settled
+
+
+{name}_in_order = triton.jit({name}_run.fn, noinline=True)  # compiled apart: one large function takes far longer than two
 """
 )
+
+SHOOT = """
+@triton.jit(do_not_specialize={fixed})
+def {name}_shoot(
+    {arguments},
+    {place}, starts_ptr, ends_ptr, facts_ptr, CL, tiles, chunks, snap, records, tol, burn, furthest,
+    BD: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, ALONE: tl.constexpr, WIDE: tl.constexpr,
+):
+    program = tl.program_id(0)  # channels first, then chunks, then sequences: one grid axis, for only the first may be long
+    settled = {name}_run(
+        program, {arguments},
+        {place}, starts_ptr, ends_ptr, CL, tiles, chunks, chunks, snap, records, tol, burn, furthest,
+        BD, FAST, MASKED, ALONE, WIDE,
+    )
+    fact = facts_ptr + program.to(tl.int64) * 3
+    tl.store(fact, 1.0)
+    tl.store(fact + 1, 0.0)
+    tl.store(fact + 2, (settled == 0).to(tl.float32))
+"""
 
 CORRECT = (
     """
 @triton.jit(do_not_specialize={fixed})
 def {name}_correct(
-    {arguments}, starts_ptr, ends_ptr, facts_ptr, report_ptr, T0, DIR, LO, L, C, CL, tiles, chunks, parts, records, ratio, sub, tol, floor, most,
+    {arguments},
+    {place}, starts_ptr, ends_ptr, facts_ptr, report_ptr, CL, tiles, chunks, parts, records, ratio, sub, tol, floor, most,
     NC: tl.constexpr, SPAN: tl.constexpr, BD: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -134,7 +157,8 @@ def {name}_correct(
     {clear}
     ran = going
     passes = 1 + 0 * tile
-    unsolved = tile < 0
+    unsolved = going & (most < 2)
+    going = going & (most > 1)
     n = CL
     origin = base
     while going:
@@ -153,11 +177,21 @@ def {name}_correct(
         defect = tl.max(tl.max({largest}, 1), 0)
         unsolved = (fine == 0) & (passes < chunks)
         passes += 1
-        going = unsolved & (passes < most)
+        going = unsolved & (passes < most) & (passes < {patience})
         $t{i} = v{i} + c{i}$
         $s{i} = tl.where(first, i{i}, above(t{i}, starts_ptr + mark + {i} * records * C, ratio * C, live, first))$
     final = live & ran & (chunk == chunks - 1)
     {finish}
+    again = unsolved & (passes < most)
+    if again:
+        tl.debug_barrier()  # other threads wrote what is now written again
+        {name}_in_order(
+            program, {arguments},
+            {place}, starts_ptr, ends_ptr, L, tiles, 1, parts, L, 1, tol, 0, 0, BD, FAST, MASKED, True, WIDE,
+        )
+    passes += again.to(tl.int32)
+    unsolved = unsolved & (again == 0)
+    defect = tl.where(again, 0.0, defect)
     report = report_ptr + (b * tiles + tile) * 3
     tl.store(report, passes.to(tl.float32))
     tl.store(report + 1, defect)

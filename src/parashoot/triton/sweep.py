@@ -21,12 +21,14 @@ from ..graph import Atom, Graph
 from ..tiling import stages_for, unroll_for
 from ..trace import Trace, trace
 from .emit import atom, call, dot, function
-from .skeleton import CORRECT, LOOP, SHOOT, fill
+from .skeleton import CORRECT, LOOP, PATIENCE, PLACE, RUN, SHOOT, fill
 
 HEADER = """import triton
 import triton.language as tl
 
-from parashoot.triton.functions import above, atan2, clamped, difference, finite, full, larger, sigmoid, sign, smaller, tanh
+from parashoot.triton.functions import (
+    above, atan2, clamped, difference, expm1, finite, full, larger, log1p, sigmoid, sign, smaller, tanh,
+)
 
 """
 
@@ -98,19 +100,20 @@ def forward(s: Source) -> str:
     """The module with `forward_shoot` and `forward_correct`, as text."""
     carry = [f"v{i}" for i in range(s.slots)]
 
-    def loads(lead: bool) -> list[str]:
+    def loads(lead: bool, unroll: int) -> list[str]:
         boundary = "(q >= r_shift) & (q < L)"
-        return [line for u in range(s.unroll) for line in [*_position(u), *_load_inputs(s, u, lead, boundary)]]
+        return [line for u in range(unroll) for line in [*_position(u), *_load_inputs(s, u, lead, boundary)]]
 
-    def steps(jacobian: bool, write: bool) -> list[str]:
+    def steps(jacobian: bool, write: bool, unroll: int) -> list[str]:
         out = _snapshot(s.slots) if write and not jacobian else []
-        for u in range(s.unroll):
+        for u in range(unroll):
             out += [*_position(u), *_cut(s, u, carry, jacobian)]
             if s.save and write and u == 0:
                 out.append(
                     f"at = saved_ptr + ((b * groups + (origin + t) // {s.unroll}) * {s.slots}) * C + col + 0 * row"
                 )
-                out += [f"tl.store(at + {i} * C, v{i}, {_mask(False)})" for i in range(s.slots)]
+                due = _mask(False) if unroll == s.unroll else f"mask=ok & ((origin + t) % {s.unroll} == 0)"
+                out += [f"tl.store(at + {i} * C, v{i}, {due})" for i in range(s.slots)]
             name, graph = ("step_and_jacobian", s.graph) if jacobian else ("step", s.step)
             line, values = call(name, graph, s.given(carry, u), "w")
             out.append(line)
@@ -140,12 +143,12 @@ def backward(s: Source) -> str:
     entries = s.graph.select(range(s.slots, s.slots + s.slots**2))
     carry = [f"v{i}" for i in slots]
 
-    def loads(lead: bool) -> list[str]:
+    def loads(lead: bool, unroll: int) -> list[str]:
         out = []
-        for u in range(s.unroll):
+        for u in range(unroll):
             out += [*_position(u), *_load_inputs(s, u, lead, "(q >= LO) & (q < L - r_shift)")]
             out.append("at = dy_ptr + b * dy_b + time * dy_t + col * dy_c")
-            out += [f"g{u}_{n} = tl.load(at + {n} * dy_s, {_mask(lead)})" for n in range(len(s.outputs))]
+            out += [f"g{u}_{n} = tl.load({_apart('at', 'dy_s', n)}, {_mask(lead)})" for n in range(len(s.outputs))]
             if not recompute:  # the state before: y one position on, in the order of this sweep
                 out += [
                     "at = y_ptr + b * y_b + (time + DIR) * y_t + col",
@@ -157,10 +160,10 @@ def backward(s: Source) -> str:
             out += [f"saved{i} = tl.load(at + {i} * C, {_mask(lead)})" for i in slots]
         return out
 
-    def entering() -> list[str]:
+    def entering(unroll: int) -> list[str]:
         """f{u}_{i}, the states that enter the step at position u; the last position of the trip is the earliest in time."""
         out = []
-        for u in reversed(range(s.unroll)):
+        for u in reversed(range(unroll)):
             names = [f"f{u}_{i}" for i in slots]
             if not recompute:
                 out.append(f"q = origin + t + {u}")
@@ -173,11 +176,11 @@ def backward(s: Source) -> str:
             out += _cut(s, u, names, False)
         return out
 
-    def steps(jacobian: bool, write: bool) -> list[str]:
-        out = entering()
+    def steps(jacobian: bool, write: bool, unroll: int) -> list[str]:
+        out = entering(unroll)
         if write and not jacobian:
             out += _snapshot(s.slots)
-        for u in range(s.unroll):
+        for u in range(unroll):
             out += _position(u)
             for n, i in enumerate(s.outputs):
                 value = f"g{u}_{n}.to(tl.float32)"
@@ -254,7 +257,8 @@ def decode(
 
 def decode(s: Source) -> str:
     """The module with `decode`, one step of a batch, as text."""
-    loads = [f"x0_{g} = tl.load(x_ptr + b * x_b + {g} * x_g + c * x_c, mask=ok, other=0.0)" for g in range(s.inputs)]
+    at = "x_ptr + b * x_b + c * x_c"
+    loads = [f"x0_{g} = tl.load({_apart(at, 'x_g', g)}, mask=ok, other=0.0)" for g in range(s.inputs)]
     loads += [f"p{k} = tl.load(p{k}_ptr + c, mask=ok, other=0.0).to(tl.float32)" for k in range(s.params)]
     line, values = call("step", s.step, s.given([f"h{i}" for i in range(s.slots)], 0), "w")
     at = "out_ptr + b * o_b + c * o_c"
@@ -293,8 +297,9 @@ def _module(
     slots = range(s.slots)
     pairs = [(i, k) for i in slots for k in slots]
 
-    def loop(jacobian: bool, write: bool, stages: int) -> list[str]:
-        blocks = {"loads": loads(not write), "steps": steps(jacobian, write), "U": s.unroll, "stages": stages}
+    def loop(jacobian: bool, write: bool, unroll: int, stages: int) -> list[str]:
+        body = {"loads": loads(not write, unroll), "steps": steps(jacobian, write, unroll)}
+        blocks = {**body, "U": unroll, "stages": stages}
         return fill(LOOP, s.slots, blocks).rstrip("\n").split("\n")
 
     def largest(terms: list[str]) -> str:
@@ -303,18 +308,23 @@ def _module(
     results = ", ".join([f"n{i}{k}" for i, k in pairs] + [f"o{i}" for i in slots])
     given = ", ".join([f"clamped(m{i}{k})" for i, k in pairs] + [f"r{i}" for i in slots])
     blocks = {
-        "name": name, "arguments": ", ".join(arguments), "S": s.slots, "U": s.unroll, "setup": setup, "clear": clear,
+        "name": name, "arguments": ", ".join(arguments), "place": PLACE, "patience": PATIENCE, "S": s.slots, "U": s.unroll, "setup": setup, "clear": clear,
         "scan": [f"{results} = tl.associative_scan(({given}), 0, compose)"],
         "weight": largest([" + ".join(f"tl.abs(j{i}{k})" for k in slots) for i in slots]),
         "largest": largest([f"tl.abs(d{i})" for i in slots]), "largest_r": largest([f"r{i}" for i in slots]),
         "outside": " | ".join(f"~(tl.abs({v}{i}) <= tol * z{i})" for i in slots for v in "dc"),
         "apart": " | ".join(f"~(r{i} <= tol * z{i})" for i in slots),
     }  # fmt: skip
-    lead, write, both = loop(True, False, s.stages), loop(False, True, s.stages), loop(True, True, 2)
-    fixed = lambda template: [n for n in _ANY if n in arguments or re.search(rf" {n},", template.split("):")[0])]
-    shoot = fill(SHOOT, s.slots, blocks | {"fixed": str(fixed(SHOOT)), "finish": finish, "lead": lead, "write": write})
+    # A corrected trip is short where it can be: compilation takes more than its share of long ones.
+    short = s.unroll if name == "backward" and s.slots > 1 else 1
+    lead, write = (loop(not write, write, s.unroll, s.stages) for write in (False, True))
+    both = loop(True, True, short, 2 if short > 1 else 4)
+    taken = f"{', '.join(arguments)}, {PLACE}"
+    fixed = lambda template: [n for n in _ANY if re.search(rf"\b{n}\b", taken + template.split("):")[0])]
+    run = fill(RUN, s.slots, blocks | {"finish": finish, "lead": lead, "write": write})
+    shoot = fill(SHOOT, s.slots, blocks | {"fixed": str(fixed(SHOOT))})
     correct = fill(CORRECT, s.slots, blocks | {"fixed": str(fixed(CORRECT)), "finish": finish + blank, "both": both})
-    return HEADER + "\n".join([*functions, _compose(s.slots), shoot, correct])
+    return HEADER + "\n".join([*functions, _compose(s.slots), run, shoot, correct])
 
 
 def _spread(v: Atom) -> str:
@@ -322,8 +332,14 @@ def _spread(v: Atom) -> str:
     return f"full({v}, zero)" if isinstance(v, str) else f"(zero + {atom(v)})"
 
 
-def _mask(lead: bool) -> str:
-    return "mask=ok, other=0.0" if lead else "mask=ok if MASKED else None"
+def _apart(pointer: str, stride: str, n: int) -> str:
+    """The pointer n strides on, without a product that 32 bits could not hold."""
+    return pointer + f" + {stride}" * n
+
+
+def _mask(always: bool) -> str:
+    """Positions beyond the ends are masked in a lead always, in a chunk only where it is MASKED."""
+    return "mask=ok, other=0.0" if always else "mask=ok if MASKED else None"
 
 
 def _position(u: int) -> list[str]:
@@ -355,7 +371,7 @@ def _store_end(slots: int) -> list[str]:
 
 def _load_inputs(s: Source, u: int, lead: bool, boundary: str) -> list[str]:
     out = ["at = x_ptr + b * x_b + time * x_t + col * x_c"]
-    out += [f"x{u}_{g} = tl.load(at + {g} * x_g, {_mask(lead)})" for g in range(s.inputs)]
+    out += [f"x{u}_{g} = tl.load({_apart('at', 'x_g', g)}, {_mask(lead)})" for g in range(s.inputs)]
     if s.reset:
         # r_shift is 1 for a reverse scan: it enters t from t + 1, across the boundary that reset[t + 1] marks
         out.append(f"cut{u} = tl.load(reset_ptr + b * r_b + (time + r_shift) * r_t, mask={boundary}, other=0)")
@@ -369,11 +385,11 @@ def _snapshot(slots: int) -> list[str]:
     return ["if not ALONE:", *[f"    {store}" for store in stores]]
 
 
-def _cut(s: Source, u: int, carries: list[str], lead: bool) -> list[str]:
+def _cut(s: Source, u: int, carries: list[str], jacobian: bool) -> list[str]:
     """Nothing crosses a reset: a select, which stops NaN too."""
     if not s.reset:
         return []
-    entries = [f"m{i}{k}" for i in range(s.slots) for k in range(s.slots)] if lead else []
+    entries = [f"m{i}{k}" for i in range(s.slots) for k in range(s.slots)] if jacobian else []
     return [f"{v} = tl.where(cut{u} != 0, 0.0, {v})" for v in carries + entries]
 
 
@@ -384,10 +400,10 @@ def _compose_step(a: list[list[Atom]]) -> list[str]:
     return new + [f"m{i}{k} = tl.where(ok, n{i}{k}, m{i}{k})" for i in slots for k in slots]
 
 
-def _carry_on(values: Sequence[Atom], lead: bool) -> list[str]:
+def _carry_on(values: Sequence[Atom], always: bool) -> list[str]:
     """The new carries, all at once; positions that do not exist leave them as they are."""
     out = [f"k{i} = {_spread(v)}" for i, v in enumerate(values)]
-    kept = "tl.where(ok, k{0}, v{0})" if lead else "tl.where(ok, k{0}, v{0}) if MASKED else k{0}"
+    kept = "tl.where(ok, k{0}, v{0})" if always else "tl.where(ok, k{0}, v{0}) if MASKED else k{0}"
     return out + [f"v{i} = {kept.format(i)}" for i in range(len(values))]
 
 
