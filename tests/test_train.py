@@ -184,6 +184,8 @@ def test_the_log_holds_the_statistics_and_tensorboard_the_same(data, tmp_path):
 
 
 def test_signals_that_come_together_are_one(monkeypatch):
+    # A shell starts background jobs with SIGINT ignored: what "as usual" means is set here.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with Interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -191,6 +193,7 @@ def test_signals_that_come_together_are_one(monkeypatch):
         monkeypatch.setattr("parashoot.lm.interrupt.TOGETHER", -1.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
