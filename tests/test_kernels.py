@@ -121,6 +121,23 @@ def test_the_limit_counts_passes(tiling):
 
 
 @ps.cell
+def integrator(h: ps.State, x: ps.Input):
+    return h + x
+
+
+def test_a_guess_that_nothing_proves_takes_a_second_pass(tiling):
+    """Starts at zero are right, but the Jacobian of the lead does not say so: with a limit of one pass, that is an error."""
+    tiling(Tiling(8, 1, 2, 2, 4, 2, 4, 8))
+    x, h0 = moved(torch.zeros(1, 32, 1, 3), torch.zeros(1, 1, 3))
+    run = lambda n: ps.scan(
+        integrator, x, None, h0, solver=ps.MultipleShooting(backend="triton", max_iters=n), return_info=True
+    )
+    assert run(2)[2].iterations == 2
+    with pytest.raises(ps.ConvergenceError):
+        run(1)
+
+
+@ps.cell
 def logistic(h: ps.State, x: ps.Input):
     return 3.9 * h * (1.0 - h) + 0.0 * x
 
@@ -310,11 +327,16 @@ def test_functions_are_accurate_in_relative_terms(name, tiling):
     torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5 if name == "power 100" else 1e-6, atol=1e-44)
 
 
+FARTHER_OFF = pytest.mark.xfail(strict=True, reason="gradients 9e-4 off on an H100, more than twice the loop's in fp32")
+AT_LENGTH = [
+    (name, sigma) for name in ("gru", "lstm", "slstm") for sigma in (0.3, 1.0, 2.0) if (name, sigma) != ("lstm", 2.0)
+]
+
+
 @pytest.mark.skipif(not ON_GPU, reason="takes minutes in the interpreter")
-@pytest.mark.parametrize("sigma", [0.3, 1.0])
-@pytest.mark.parametrize("name", ["gru", "lstm", "slstm"])
+@pytest.mark.parametrize(("name", "sigma"), [*AT_LENGTH, pytest.param("lstm", 2.0, marks=FARTHER_OFF)])
 def test_the_numerics_contract_at_length(name, sigma):
-    """Recurrent weights up to N(0, 1); the states within 1e-5 or twice the error of the loop in fp32."""
+    """States within 1e-5 or twice the error of the loop in fp32, gradients within 1e-4."""
     cell = CHANNELWISE[name]
     problem = fp32_problem(cell, 2, 2048, 32, sigma)
     wide = [p.double() for p in problem[1]]

@@ -196,6 +196,24 @@ def test_signals_that_come_together_are_one(monkeypatch):
     signal.signal(signal.SIGINT, before)
 
 
+def test_the_random_state_is_resumed(data, tmp_path):
+    """No layer of ours draws while training; another model's dropout would."""
+    config = run_config(data)
+
+    def disturb(run: Run) -> None:
+        torch.manual_seed(99)
+
+    train(config, tmp_path / "run", ALONE, on_start=disturb)
+    saved = torch.get_rng_state()
+    train(config, tmp_path / "run", ALONE, resume=True)
+    assert torch.equal(torch.get_rng_state(), saved)
+
+
+def test_a_z_loss_has_one_place():
+    with pytest.raises(ArgumentError, match=r"model\.z_loss: got 0\.001; expected 0"):
+        replace(DEMO, model=TINY.replace(vocab_size=256, z_loss=1e-3))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatch, number):
     config = run_config(data, checkpoint_every=4)

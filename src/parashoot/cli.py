@@ -296,13 +296,13 @@ def _generate(options: argparse.Namespace) -> int:
     from .lm.processes import choose_device
     from .lm.tokenizer import read_tokenizer
 
-    saved = (Path(options.checkpoint) / "config.json").is_file()
-    path = Path(options.checkpoint, "config.json") if saved else checkpoint.find(options.checkpoint)
     model = checkpoint.load_model(options.checkpoint, choose_device(options.device))
+    home = Path(options.checkpoint)
+    path = (home.parent if (home / checkpoint.FACTS).is_file() else home) / TOKENIZER  # a run's checkpoints share one
     sampling = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
     print(options.prompt, end="", flush=True)
-    if (path.parent / TOKENIZER).exists():
-        tokenizer = read_tokenizer(path.parent / TOKENIZER)
+    if path.exists():
+        tokenizer = read_tokenizer(path)
         ids = tokenizer.encode(options.prompt, add_special_tokens=False).ids
         print(tokenizer.decode(generate(model, torch.tensor(ids), options.tokens, **sampling)))
     else:

@@ -8,7 +8,6 @@ A message names the argument, what came, what was expected and what to do. `Argu
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any, NoReturn
 
 
@@ -85,19 +84,12 @@ def bad_type(argument: str, came: Any, expected: str, remedy: str = "") -> NoRet
     )
 
 
-def needs(part: str, extra: str, *packages: str) -> None:
-    """Raise `MissingPackageError` unless the `packages` that `part` needs are there; the optional `extra` brings them."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingPackageError(f"{part} needs {' and '.join(missing)}: pip install 'parashoot[{extra}]'.")
-
-
-def needs_package(module: str, extra: str) -> Any:
-    """The optional package `module`, imported. Raises `MissingPackageError` naming the `extra` that brings it."""
+def needs(part: str, extra: str, package: str) -> Any:
+    """The optional `package` that `part` needs, imported. Raises `MissingPackageError` naming the `extra` that brings it."""
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(package)
     except ImportError as e:
-        raise MissingPackageError(f"this needs {module} ({e}): pip install 'parashoot[{extra}]'.") from e
+        raise MissingPackageError(f"{part} needs {package}: pip install 'parashoot[{extra}]'.") from e
 
 
 def bad_cell(cell: str, problem: str, remedy: str, line: str = "") -> NoReturn:

@@ -134,7 +134,7 @@ class Builder:
         return Graph(self.inputs, ops, tuple(map(renamed, outputs)), calls)
 
 
-# Those that take more than one instruction of a GPU, counted in compiled code.
+# Those that take more than one instruction of a GPU, and roughly how many.
 _INSTRUCTIONS = {
     "exp": 3, "log": 20, "tanh": 2, "sigmoid": 3, "div": 5, "sin": 30, "cos": 30, "erf": 30, "atan2": 40, "log1p": 40, "expm1": 15, "pow": 4
 }  # fmt: skip

@@ -69,9 +69,8 @@ def choose(
     heavy = instructions >= _HEAVY[slots > 2]
     full = processors * _ELEMENTS * (2 if heavy and slots <= 2 else 1)
     wide = batch * channels * 8 >= full and channels >= 128 and slots <= 2 and not heavy
-    most = (
-        32 if heavy and slots > 2 else 64
-    )  # many states and long steps: one channel a thread leaves registers for more warps
+    # many states and long steps: one channel a thread leaves registers for more warps
+    most = 32 if heavy and slots > 2 else 64
     columns = 128 if wide else max(16, min(most, 1 << (channels - 1).bit_length()))
     stages = stages_for(slots)
     if chunk_length is not None:

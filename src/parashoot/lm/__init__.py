@@ -3,7 +3,8 @@
 # ruff: noqa: E402
 from ..errors import needs
 
-needs("parashoot.lm", "lm", "transformers", "safetensors")
+needs("parashoot.lm", "lm", "safetensors")
+needs("parashoot.lm", "lm", "transformers")
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

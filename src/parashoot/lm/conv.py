@@ -43,8 +43,3 @@ class CausalConv(nn.Module):
         if document is not None:
             return y, after.masked_fill((document[:, time:] != document[:, -1:])[:, :, None], 0.0)
         return y, after.clone()
-
-    def step(self, u: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One step: u (B, C) -> (y (B, C), past after it)."""
-        y, after = self(u.unsqueeze(1), past)
-        return y.squeeze(1), after

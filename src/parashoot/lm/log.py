@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import needs_package
+from ..errors import needs
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
 
@@ -25,7 +25,7 @@ class Log:
         self.file = (directory / LOG).open("a")
         self.board = None
         if tensorboard:
-            needs_package("tensorboard", "tensorboard")
+            needs("a TensorBoard log", "tensorboard", "tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(directory / TENSORBOARD), purge_step=step + 1)

@@ -1,6 +1,6 @@
 """Language models by `model_type`, and the few things that training and evaluation know about how one is built.
 
-A model maps `model(input_ids, labels=..., reset=...)` to an output with `loss` and `logits`.
+A model maps `model(input_ids, labels=..., reset=...)` to an output with `loss` and `logits`, and names its `recurrent_layers()`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import bad_type, bad_value
-from ..layers import RNN
 from .cache import Cache
 from .config import ParaRNNConfig
 from .model import ParaRNNForCausalLM
@@ -40,11 +39,6 @@ def build_model(config: Any) -> nn.Module:
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The residual blocks, which are compiled, checkpointed and sharded one by one."""
     return list(model.get_submodule("model.layers").children())
-
-
-def recurrent_layers(model: nn.Module) -> list[RNN]:
-    """The recurrent layers in order."""
-    return [m for m in model.modules() if isinstance(m, RNN)]
 
 
 def continued(model: nn.Module, ids: Tensor, past: Any, reset: Tensor | None) -> tuple[Tensor, Any]:

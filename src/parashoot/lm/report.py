@@ -13,7 +13,6 @@ from .checkpoint import load_model
 from .evaluate import Evaluation, evaluate
 from .generate import generate_text
 from .log import LOG, read_log
-from .models import recurrent_layers
 from .plot import loss_curve
 from .processes import precision
 from .speed import layer_speed
@@ -38,7 +37,7 @@ def introduce(run: Run) -> str:
 
 def _plan(run: Run) -> str:
     """How the recurrence runs over time at the shape of a training step."""
-    layers = recurrent_layers(run.model)
+    layers = run.model.recurrent_layers()
     if not layers:
         return ""
     micro, layer = run.config.micro_batch(run.group.size), layers[0]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import bad_value, needs_package
+from ..errors import bad_value, needs
 
 PIECE = 1 << 18
 ENWIK8 = "mingru-pytorch==0.2.1"
@@ -95,7 +95,7 @@ def hugging_face(
     name: str, subset: str | None, split: str, field: str, streaming: bool, validation: float, test: float
 ) -> Source:
     """Each row of the data set's `split` a document. Raises `ArgumentError` where it cannot be loaded."""
-    datasets = needs_package("datasets", "data")
+    datasets = needs("--hf", "data", "datasets")
     try:
         rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
     except Exception as e:  # whatever the hub, the cache or a loader raises

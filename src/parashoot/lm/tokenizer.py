@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import bad_value, needs_package
+from ..errors import bad_value, needs
 
 EOT = "<|endoftext|>"
 SAMPLE = 200_000_000
@@ -38,7 +38,7 @@ class Subwords:
     @classmethod
     def train(cls, texts: Iterator[bytes], vocab_size: int) -> Subwords:
         """A byte-level BPE of `vocab_size` tokens, trained on the first 200 MB of `texts`."""
-        library = needs_package("tokenizers", "data")
+        library = needs("a byte-pair encoding", "data", "tokenizers")
         least = 257
         if vocab_size < least:
             bad_value("--train-bpe", str(vocab_size), f"at least {least}: every byte and {EOT}")
@@ -59,7 +59,7 @@ class Subwords:
 
 def read_tokenizer(path: Path) -> Any:
     """A `tokenizers.Tokenizer` from its `tokenizer.json`. Raises `ArgumentError` if it is none."""
-    library = needs_package("tokenizers", "data")
+    library = needs("a byte-pair encoding", "data", "tokenizers")
     if not path.is_file():
         bad_value("tokenizer", f"'{path}'", "an existing tokenizer.json")
     try:

@@ -156,7 +156,9 @@ def _check_finite(run: Run, values: dict[str, float], batches: list[tuple[Tensor
     def again() -> None:
         with precision(run.group, run.bf16):
             for ids, reset in batches:
-                run.model(input_ids=ids, reset=reset)
+                run.model(
+                    input_ids=ids, reset=reset, logits_to_keep=1
+                )  # all of them would not fit beside the gradients
 
     gradient = last_non_finite_gradient(run.model)
     forward = [f for f in run.group.gather(first_non_finite(run.model, again)) if f]

@@ -59,6 +59,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, tuple(config for config, _ in MODELS.values())):
             bad_type("model", self.model, "the configuration of a model")
+        if self.model.z_loss:
+            bad_value("model.z_loss", repr(self.model.z_loss), "0", "The z_loss of the training decides.")
         for name in COUNTS:
             if not is_count(getattr(self, name)):
                 bad_value(name, repr(getattr(self, name)), "an integer >= 1")

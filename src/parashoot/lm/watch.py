@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..scan import ScanInfo, scan
-from .models import recurrent_layers
 
 
 @torch.no_grad()
-def solver_statistics(model: nn.Module, ids: Tensor, reset: Tensor | None) -> list[dict[str, float]]:
+def solver_statistics(model: Any, ids: Tensor, reset: Tensor | None) -> list[dict[str, float]]:
     """For each recurrent layer, on the batch ids (B, T): sweeps of the slowest sequence and on average, and the final defect."""
     infos: list[ScanInfo] = []
-    layers = recurrent_layers(model)
+    layers = model.recurrent_layers()
     for layer in layers:
         layer._scan = partial(_recorded, infos)  # type: ignore[method-assign]
     try:
         with torch.compiler.set_stance("force_eager"):
-            model(input_ids=ids, reset=reset)
+            model(input_ids=ids, reset=reset, logits_to_keep=1)
     finally:
         for layer in layers:
             del layer._scan

@@ -8,7 +8,7 @@ SHOOT, a program for each chunk and BD channels, does RUN. `lead`: run into the 
     `write`: run through the chunk from there, storing results. Starts, of chunks and of every `snap` positions, and ends are recorded.
 CORRECT, a program for each BD channels; its NC rows are chunks of its own. Reads all starts and ends; where they agree it ends.
     Else Newton: run through each row from its start, storing results, with the Jacobian m; compare its end v with the start t of
-    the next row; a scan over rows gives the corrections, t <- v + m delta. What {patience} passes have not brought together (steps that
+    the next row; a scan over rows gives the corrections, t <- v + m delta. What PATIENCE passes have not brought together (steps that
     jump, states that latch: there Jacobians say little) does RUN in one chunk, which is the loop: the last pass, whatever the step.
 
 Names: i the carry that enters the sequence, v a running carry. `fill` puts lines in place of {markers}; `$...$` is repeated for
