@@ -74,7 +74,7 @@ def jobs() -> list[tuple]:
         (key, launch, dtype) for key in REGISTERS for launch in SPILLED for dtype in ("bf16", "fp32")
     ):
         if (launch, dtype) != ("correct", "fp32"):
-            tiling, _ = choose(8, 2048, 2048, len(getattr(ps.cells, name).states), 60, 132, None)
+            tiling, _ = choose(8, 2048, 2048, 2, len(getattr(ps.cells, name).states), 60, 132, None)
             out.append((name, direction, launch, dtype, dataclasses.asdict(tiling)))
     return out
 

@@ -15,9 +15,12 @@ H100 = 132  # multiprocessors
 sizes = st.integers(1, 5000)
 
 
-@given(st.integers(1, 64), sizes, sizes, st.integers(1, 4), st.integers(1, 900), st.none() | st.integers(16, 600))
-def test_every_choice_covers_the_sequence(batch, time, channels, slots, instructions, asked):
-    found, reasons = choose(batch, time, channels, slots, instructions, H100, asked)
+@given(
+    st.integers(1, 64), sizes, sizes, st.sampled_from([2, 4]), st.integers(1, 4), st.integers(1, 900),
+    st.none() | st.integers(16, 600),
+)  # fmt: skip
+def test_every_choice_covers_the_sequence(batch, time, channels, itemsize, slots, instructions, asked):
+    found, reasons = choose(batch, time, channels, itemsize, slots, instructions, H100, asked)
     each, chunks = found.cut(time)
     assert each * (chunks - 1) < time <= each * chunks
     assert each % (found.unroll * found.pieces) == 0
@@ -37,7 +40,7 @@ def test_every_choice_covers_the_sequence(batch, time, channels, slots, instruct
 )
 def test_regimes(shape, chunks, reason):
     batch, time, channels = shape
-    found, reasons = choose(batch, time, channels, 1, 39, H100, None)
+    found, reasons = choose(batch, time, channels, 2, 1, 39, H100, None)
     assert found.cut(time)[1] == chunks
     assert reason in reasons[0]
 

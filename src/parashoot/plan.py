@@ -232,7 +232,7 @@ def _kernel_plan(
         asked = time
     elif not isinstance(solver.chunk_length, str):
         asked = min(int(solver.chunk_length), time)
-    tiling, reasons = choose(batch, time, channels, len(cell.states), instructions, processors, asked)
+    tiling, reasons = choose(batch, time, channels, dtype.itemsize, len(cell.states), instructions, processors, asked)
     measured = tuned(device).get(str((digest, str(dtype), *x_shape))) if asked is None else None
     if measured is not None and measured.unroll == tiling.unroll:  # saved states stand at multiples of it
         tiling, reasons = measured, (f"{measured.chunks} chunks: the fastest that ps.tune measured on this device",)

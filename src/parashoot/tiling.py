@@ -50,7 +50,7 @@ def stages_for(slots: int) -> int:
     return 4 if slots == 1 else 3
 
 
-BURN = 32  # steps led in at first
+_BURN = {2: 32, 4: 48}  # steps led in at first, by the bytes of a number: float32 has to forget more exactly
 _SHORTEST = 128  # steps of a chunk: leading in costs a fraction
 _STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full
 _LAUNCH = 6e-6  # of the second launch and of reading what the first recorded
@@ -59,9 +59,9 @@ _ELEMENTS = 512  # carries that a multiprocessor advances at once: enough loads 
 
 
 def choose(
-    batch: int, time: int, channels: int, slots: int, instructions: int, processors: int, chunk_length: int | None
+    batch: int, time: int, channels: int, itemsize: int, slots: int, instructions: int, processors: int, chunk_length: int | None
 ) -> tuple[Tiling, tuple[str, ...]]:
-    """The tiling for x (B, T, G, C) on a device of so many multiprocessors, and the reasons.
+    """The tiling for x (B, T, G, C) of numbers of `itemsize` bytes on a device of so many multiprocessors, and the reasons.
 
     `instructions` of the step's adjoint tell whether bytes or arithmetic take the time; `chunk_length` as asked for or None.
     """
@@ -69,16 +69,17 @@ def choose(
     heavy = instructions >= _HEAVY[slots > 2]
     full = processors * _ELEMENTS * (2 if heavy and slots <= 2 else 1)
     wide = batch * channels * 8 >= full and channels >= 128 and slots <= 2 and not heavy
-    # many states and long steps: one channel a thread leaves registers for more warps
-    most = 32 if heavy and slots > 2 else 64
+    # many states and long steps: one channel a thread leaves registers for more warps; else a line of the cache
+    most = 32 if (heavy and slots > 2) or itemsize > 2 else 64
+    burn = _BURN[itemsize]
     columns = 128 if wide else max(16, min(most, 1 << (channels - 1).bit_length()))
     stages = stages_for(slots)
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     else:
-        chunks, reasons = _chunks(batch * channels, time, unroll, full, BURN)
+        chunks, reasons = _chunks(batch * channels, time, unroll, full, burn)
     narrow = min(columns, 64 if slots <= 2 else 32)
-    return Tiling(columns, max(1, columns // 64), unroll, stages, chunks, BURN, 16, narrow), tuple(reasons)
+    return Tiling(columns, max(1, columns // 64), unroll, stages, chunks, burn, 16, narrow), tuple(reasons)
 
 
 def _chunks(width: int, time: int, unroll: int, full: int, burn: int) -> tuple[int, list[str]]:
