@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import math
 import sys
 import types
 import typing
@@ -311,3 +312,14 @@ def parameter_shapes(cell: Cell, channels: int) -> list[tuple[int, ...]]:
     """The shape of each parameter of `cell` at C = `channels`: (C,), (H, n, n) or (C, C)."""
     matrix = (channels // cell.width, cell.width, cell.width) if cell.width else (channels, channels)
     return [matrix if kind == "matrix" else (channels,) for kind in parameter_kinds(cell)]
+
+
+def sizes(x: Tensor) -> tuple[int, int, int, int]:
+    """(B, T, G, C) of x (B, T, G, C), or of x (B, T, G, H, C / H) whose channels lie in H heads."""
+    batch, time, inputs, *channels = x.shape
+    return batch, time, inputs, math.prod(channels)
+
+
+def gradient_like(x: Tensor) -> Tensor:
+    """Where the gradient by x goes: contiguous or, for channels in heads, laid out as x, for what made x will read it."""
+    return torch.empty_like(x) if x.dim() == 5 and x.stride(4) == 1 else x.new_empty(x.shape)

@@ -86,6 +86,7 @@ def verify(
 
 
 def _verify_cell(cell: Cell, x: Tensor, params: Any, h0: Tensor | None, solver: Solver, seed: int) -> Report:
+    x = x.flatten(3) if isinstance(x, Tensor) and x.dim() == 5 else x
     if params is None and isinstance(x, Tensor) and x.dim() == 4:
         generator = torch.Generator().manual_seed(seed)
         params = tuple(
@@ -183,7 +184,7 @@ def lyapunov_exponents(cell: Cell, x: Tensor, params: Any = None, h0: Tensor | N
     Arguments as in `ps.scan`. Returns (B, C) for a channelwise cell, (B, H) for a headwise, (B, 1) for a dense one; computed in
     fp64. Source: Benettin et al. 1980.
     """
-    x = x.detach().double()
+    x = (x.flatten(3) if x.dim() == 5 else x).detach().double()
     given = [p.detach().double() for p in check_arguments(cell, x, _doubled(params), _doubled(h0), None)]
     with torch.no_grad():
         start = x.new_zeros(x.shape[0], len(cell.states), x.shape[3]) if h0 is None else h0.detach().double()

@@ -154,7 +154,7 @@ class RNN(nn.Module):
         self._check(x_t.unsqueeze(1), h, None)
         finals, out = [], x_t
         for layer, suffix in self._directions():
-            inputs = self._project(out.unsqueeze(1), suffix)[:, 0]
+            inputs = self._project(out.unsqueeze(1), suffix)[:, 0].flatten(2)
             dtype = compute_dtype(inputs.dtype)
             shape = (inputs.shape[0], len(self.cell.states), self.hidden_size)
             state = inputs.new_zeros(shape, dtype=dtype) if h is None else h[layer]
@@ -177,14 +177,14 @@ class RNN(nn.Module):
         return [_Clip.apply(p, clip) if clip and p.dim() == 1 else p for p in found]  # type: ignore[misc]
 
     def _project(self, x: Tensor, suffix: str) -> Tensor:
-        """(B, T, D) -> the cell's inputs (B, T, G, C)."""
+        """(B, T, D) -> the cell's inputs (B, T, G, C), or with heads (B, T, G, H, C / H), as their matrix products leave them."""
         weight, bias = getattr(self, f"weight_ih_{suffix}"), getattr(self, f"bias_{suffix}")
         gates = (len(self.cell.inputs), self.hidden_size)
         if self.num_heads == 1:
             return nn.functional.linear(x, weight[0], None if bias is None else bias.flatten()).unflatten(-1, gates)
         z = torch.einsum("bthi,hoi->btho", x.unflatten(-1, (self.num_heads, -1)), weight)
-        z = z.unflatten(-1, (gates[0], -1)).transpose(2, 3).flatten(3)
-        return z if bias is None else z + bias.to(z.dtype)
+        z = z.unflatten(-1, (gates[0], -1)).transpose(2, 3)
+        return z if bias is None else z + bias.unflatten(1, (self.num_heads, -1)).to(z.dtype)
 
     def _direction(
         self, x: Tensor, h_0: Tensor | None, suffix: str, reset: Tensor | None, lengths: Tensor | None
@@ -198,6 +198,7 @@ class RNN(nn.Module):
         options: dict[str, Any] = {"solver": self.solver} if self.solver is not None else {}
         if lengths is None:
             return self._scan(self.cell, z, params or None, h_0, reset=reset, reverse=reverse, **options)
+        z = z.flatten(3)
         t, ends = torch.arange(z.shape[1], device=z.device), lengths.to(z.device)[:, None]
         if reverse:  # each sequence turned around within its own length
             order = torch.where(t < ends, ends - 1 - t, t)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .cell import Cell, feature_shape, get_cell
+from .cell import Cell, feature_shape, get_cell, gradient_like, sizes
 from .errors import ConvergenceError, GradientError
 from .plan import MultipleShooting, Plan, Sequential, Solver, backend_for, compute_dtype, plan_for, tolerance_backward
 from .solve.adjoint import Cotangents, Gradients, adjoint, adjoint_by_sweeps
@@ -19,7 +19,7 @@ from .solve.linear import Algebra
 from .solve.sequential import advance as advance_in_torch
 from .solve.sequential import loop
 from .solve.shooting import Steps, shoot
-from .tiling import unroll_for
+from .tiling import WIDEST, unroll_for
 from .trace import Trace, trace
 
 
@@ -104,7 +104,7 @@ def _needs_saved(cell: Cell, x: Tensor, all_states: bool, backend: str) -> bool:
 @scan_op.register_fake
 def _(x, params, h0, reset, cell, reverse, all_states, save, length, tol, max_iters, jacobian, backend):
     made = get_cell(cell)
-    b, t, _, c = x.shape
+    b, t, _, c = sizes(x)
     slots = len(made.states)
     solver = _decode(length, tol, max_iters, jacobian, backend)
     kind = backend_for(made, x.dtype, x.device, solver)
@@ -136,7 +136,8 @@ def _gradients(
         from .triton.runtime import run_backward
 
         if dy is None:
-            dy = x.new_zeros(()).expand(x.shape[0], x.shape[1], 1, x.shape[3])
+            batch, time, _, channels = sizes(x)
+            dy = x.new_zeros(()).expand(batch, time, 1, channels)
         dy = dy if dy.dim() == 4 else dy.unsqueeze(2)
         dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
         tol = tolerance_backward(x.dtype)
@@ -223,7 +224,7 @@ scan_op.register_autograd(_backward, setup_context=_setup_context)
 @scan_backward_op.register_fake
 def _(dy, dh_n, x, params, h0, *rest):
     return (
-        x.new_empty(x.shape),
+        gradient_like(x),
         [p.new_empty(p.shape) for p in params],
         h0.new_empty(h0.shape),
     )
@@ -275,6 +276,8 @@ def run(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool, solver: Solver
 ) -> tuple[Tensor, Tensor, Tensor | list[float], Tensor | None]:  # fmt: skip
     """(y, h_n, stats, facts), directly on plain tensors, through the operator when compiling or on tensor subclasses."""
+    if x.dim() == 5 and (x.shape[4] % WIDEST or backend_for(cell, x.dtype, x.device, solver) != "triton"):
+        x = x.flatten(3)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, *params))
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         y, h_n, _, stats, facts = scan_op(x, params, h0, reset, cell.key, reverse, all_states, save, *encode(solver))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cell import Cell, feature_shape
+from .cell import Cell, feature_shape, sizes
 from .errors import BackendError, bad_type, bad_value
 from .tiling import Tiling, choose, tuned
 from .trace import Trace, trace
@@ -325,10 +325,10 @@ def plan_for(cell: Cell, x: Tensor, params: list[Tensor], solver: Solver) -> tup
     """The plan and the trace for these tensors; traces the step if it is new."""
     found = trace_for(cell, x, params)
     ops = (found.step_ops, found.jacobian_ops, found.instructions)
-    return make_plan(cell, tuple(x.shape), x.dtype, x.device, solver, ops, found.foreign, found.digest), found
+    return make_plan(cell, sizes(x), x.dtype, x.device, solver, ops, found.foreign, found.digest), found
 
 
 def trace_for(cell: Cell, x: Tensor, params: list[Tensor]) -> Trace:
     """The trace of `cell` at the compute dtype of x (B, T, G, C), with parameters shaped as the step sees them."""
     shapes = tuple(tuple(p.shape) for p in params)
-    return trace(cell, compute_dtype(x.dtype), x.device, feature_shape(cell, x.shape[-1]), shapes)
+    return trace(cell, compute_dtype(x.dtype), x.device, feature_shape(cell, sizes(x)[3]), shapes)

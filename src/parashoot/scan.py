@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cell import Cell, parameter_shapes
+from .cell import Cell, parameter_shapes, sizes
 from .errors import bad_type, bad_value
 from .op import as_seen, run
 from .plan import Explanation, Solver, check_solver, compute_dtype, plan_for
@@ -61,7 +61,8 @@ def scan(
 ) -> Any:
     """Run `h_t = f(h_{t-1}, x_t; params)` over t = 0..T-1, in parallel over time, with the for-loop's result.
 
-    - `x` (B, T, G, C): the G inputs of the step; float64, float32, bfloat16 or float16, any strides.
+    - `x` (B, T, G, C): the G inputs of the step; float64, float32, bfloat16 or float16, any strides. Or (B, T, G, H, C / H), the
+      channels in H heads: generated kernels read heads of a multiple of 128 channels wherever they lie.
     - `params`: (P, C) when all parameters are vectors, else a tuple in the step's order, each (C,), for headwise cells also
       (H, n, n), for dense ones also (C, C); None when there are none. In x's dtype or float32.
     - `h0` (B, S, C) initial state, zeros by default, in x's dtype or float32.
@@ -83,7 +84,7 @@ def scan(
         if not isinstance(value, bool):
             bad_type(name, value, "True or False")
     if h0 is None:
-        h0 = x.new_zeros(x.shape[0], len(cell.states), x.shape[3])
+        h0 = x.new_zeros(x.shape[0], len(cell.states), sizes(x)[3])
     y, h_n, stats, facts = run(x, params, h0, reset, cell, reverse, return_states, solver)
     return (y, h_n, ScanInfo(stats, facts)) if return_info else (y, h_n)
 
@@ -97,8 +98,8 @@ def explain(
     step takes stand in for None. Raises as `scan` does.
     """
     solver = check_solver(solver)
-    if params is None and isinstance(cell, Cell) and isinstance(x, Tensor) and x.dim() == 4:
-        params = [x.new_zeros(shape) for shape in parameter_shapes(cell, x.shape[3])]
+    if params is None and isinstance(cell, Cell) and isinstance(x, Tensor) and x.dim() in (4, 5):
+        params = [x.new_zeros(shape) for shape in parameter_shapes(cell, sizes(x)[3])]
     params = check_arguments(cell, x, params, None, None)
     seen = as_seen(cell, params, compute_dtype(x.dtype))
     plan, found = plan_for(cell, x, seen, solver)
@@ -120,10 +121,10 @@ def check_arguments(cell: Cell, x: Any, params: Any, h0: Any, reset: Any) -> lis
             f"a floating dtype, one of {[str(d).removeprefix('torch.') for d in FLOATING]}",
             "Convert it with x.float().",
         )
-    if x.dim() != 4 or x.shape[2] != gates:
+    if x.dim() not in (4, 5) or x.shape[2] != gates:
         remedy = "For one input use x.unsqueeze(2)." if x.dim() == 3 and gates == 1 else ""
         bad_value("x", x, f"shape (B, T, G, C) with G = {gates}, {inputs}", remedy)
-    batch, time, _, channels = x.shape
+    batch, time, _, channels = sizes(x)
     if time == 0 or batch == 0 or channels == 0:
         bad_value("x", x, "at least one sequence, one step (T >= 1) and one channel")
     if cell.width and channels % cell.width:
@@ -155,7 +156,7 @@ def _same_place(name: str, v: Tensor, x: Tensor) -> None:
 
 
 def _check_params(cell: Cell, x: Tensor, params: Any) -> list[Tensor]:
-    channels, names = x.shape[3], ", ".join(cell.params)
+    channels, names = sizes(x)[3], ", ".join(cell.params)
     count, what = (
         len(cell.params),
         f"the {len(cell.params)} parameter(s) {', '.join(cell.params)} of cell '{cell.name}'",

@@ -51,6 +51,7 @@ def stages_for(slots: int) -> int:
 
 
 _BURN = {2: 32, 4: 40}  # steps led in at first, by the bytes of a number: float32 has to forget more exactly
+WIDEST = 128  # channels of a program, at most
 _SHORTEST = 128  # steps of a chunk: leading in costs a fraction
 _STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full
 _LAUNCH = 6e-6  # of the second launch and of reading what the first recorded
@@ -72,7 +73,7 @@ def choose(
     # many states and long steps: one channel a thread leaves registers for more warps; else a line of the cache
     most = 32 if (heavy and slots > 2) or itemsize > 2 else 64
     burn = _BURN[itemsize]
-    columns = 128 if wide else max(16, min(most, 1 << (channels - 1).bit_length()))
+    columns = WIDEST if wide else max(16, min(most, 1 << (channels - 1).bit_length()))
     stages = stages_for(slots)
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]

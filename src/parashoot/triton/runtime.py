@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cell import Cell
+from ..cell import Cell, gradient_like, sizes
 from ..tiling import Tiling, stages_for, unroll_for
 from ..trace import Trace
 from .sweep import Source, backward, decode, forward, source_of
@@ -43,7 +43,7 @@ def run_forward(
     all_states: bool, save: bool, tol: float, most: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y (B, T, O, C), h_n, saved states (B, ceil(T / unroll), S, C) fp32 or empty, facts (N, 3): passes, defect, unsolved)."""
-    batch, time, _, channels = x.shape
+    batch, time, _, channels = sizes(x)
     made = source_of(found, cell, tiling.unroll, tiling.stages, all_states, reset is not None, save)
     y = x.new_empty(batch, time, len(made.outputs), channels)
     h_n = h0.new_empty(h0.shape)
@@ -53,7 +53,7 @@ def run_forward(
         "h_ptr": h0.contiguous(),
         "y_ptr": y,
         "end_ptr": h_n,
-        **_strides(x, "x_b x_t x_g x_c"),
+        **_strides(_in_heads(x), "x_b x_t x_g x_h x_c"),
     }
     given |= _strides(y, "y_b y_t") | _reset(reset, reverse)
     saved = x.new_empty(0, dtype=torch.float32)
@@ -71,9 +71,9 @@ def run_backward(
     reset: Tensor | None, states: Tensor, reverse: bool, tol: float,
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
     """(dx, dparams, dh0): `states` are y (B, T, 1, C) for a cell of one slot, the saved states for others; dy (B, T, O, C)."""
-    batch, time, gates, channels = x.shape
+    batch, time, _, channels = sizes(x)
     made = source_of(found, cell, tiling.unroll, tiling.stages, dy.shape[2] > 1, reset is not None, True)
-    dx, dh0 = x.new_empty(batch, time, gates, channels), h0.new_empty(h0.shape)
+    dx, dh0 = gradient_like(x), h0.new_empty(h0.shape)
     unroll = tiling.unroll
     end = time if made.slots == 1 else -(-time // unroll) * unroll  # saved states stand at multiples of unroll
     chunks = tiling.cut(end)[1]
@@ -88,9 +88,9 @@ def run_backward(
         "end_ptr": dh0,
     }
     given |= (
-        _strides(x, "x_b x_t x_g x_c")
+        _strides(_in_heads(x), "x_b x_t x_g x_h x_c")
         | _strides(dy, "dy_b dy_t dy_s dy_c")
-        | _strides(dx, "dx_b dx_t")
+        | _strides(_in_heads(dx), "dx_b dx_t dx_g dx_h")
         | _reset(reset, reverse)
     )
     if made.slots == 1:
@@ -126,7 +126,7 @@ def _launch(
     kernels: tuple[Any, Any], made: Source, given: dict[str, Any], place: dict[str, int], x: Tensor, tiling: Tiling, tol: float,
     floor: float, most: int | None,
 ) -> Tensor:  # fmt: skip
-    batch, channels = x.shape[0], x.shape[3]
+    batch, _, _, channels = sizes(x)
     length, columns = place["L"], tiling.columns
     each, chunks = tiling.cut(length)
     tiles = -(-channels // columns)
@@ -138,7 +138,7 @@ def _launch(
     ends = new(batch, made.slots, chunks, channels) if chunks > 1 else facts
     common = given | place | {"starts_ptr": starts, "ends_ptr": ends, "facts_ptr": facts, "C": channels, "tol": tol}
     fast = x.dtype == torch.bfloat16 and x.is_cuda
-    common |= {"records": records, "FAST": fast, "WIDE": any(_extent(given[n]) >= 2**31 for n in _FAR & given.keys())}
+    common |= {"width": x.shape[-1], "records": records, "FAST": fast, "WIDE": any(_extent(given[n]) >= 2**31 for n in _FAR & given.keys())}
     ragged = lambda width, end: place["LO"] > 0 or channels % width != 0 or end != length
     shoot = {
         "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, 16 * tiling.burn),
@@ -185,6 +185,11 @@ def _compile_together(jobs: list[tuple[Any, tuple, dict[str, Any]]], x: Tensor) 
 
         with ThreadPoolExecutor(len(jobs)) as pool:
             list(pool.map(compile_one, jobs))
+
+
+def _in_heads(x: Tensor) -> Tensor:
+    """x (B, T, G, C) as (B, T, G, 1, C)."""
+    return x if x.dim() == 5 else x.unsqueeze(3)
 
 
 def _extent(v: Tensor) -> int:

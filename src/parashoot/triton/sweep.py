@@ -96,6 +96,13 @@ def text(cell: Cell, direction: str, reset: bool, return_states: bool) -> str:
     return printers[direction](source_of(found, cell, unroll_for(slots), stages_for(slots), return_states, reset, True))
 
 
+X_PLACE = ["x_b", "x_t", "x_g", "x_h", "x_c", "width"]
+IN_HEADS = [  # the channels of x lie in heads of `width`, and those of a tile in one of them
+    "head = (tile * BD // width).to(tl.int64) if WIDE else tile * BD // width",
+    "within = col - head * width",
+]
+
+
 def forward(s: Source) -> str:
     """The module with `forward_shoot` and `forward_correct`, as text."""
     carry = [f"v{i}" for i in range(s.slots)]
@@ -131,9 +138,9 @@ def forward(s: Source) -> str:
 
     arguments = ["x_ptr", *_param_pointers(s), "h_ptr", "y_ptr", "end_ptr"]
     arguments += ["saved_ptr", "groups"] * s.save + ["reset_ptr", "r_b", "r_t", "r_shift"] * s.reset
-    arguments += ["x_b", "x_t", "x_g", "x_c", "y_b", "y_t"]
+    arguments += [*X_PLACE, "y_b", "y_t"]
     functions = [function("step", s.step, s.arguments), function("step_and_jacobian", s.graph, s.arguments)]
-    setup = [*_load_params(s), *_load_entering("h_ptr", s.slots)]
+    setup = [*IN_HEADS, *_load_params(s), *_load_entering("h_ptr", s.slots)]
     return _module("forward", s, functions, arguments, setup, [], _store_end(s.slots), [], loads, steps)
 
 
@@ -194,10 +201,10 @@ def backward(s: Source) -> str:
                 out += [line, *_compose_step(transposed)]
             if write:
                 line, values = call("adjoint", s.adjoint, [*given, *carry], "w")
-                out += [line, "at = dx_ptr + b * dx_b + time * dx_t + col"]
+                out += [line, "at = dx_ptr + b * dx_b + time * dx_t + head * dx_h + within"]
                 for g, v in enumerate(values[s.slots :][: s.inputs]):
                     stored = f"{_spread(v)}.to(dx_ptr.dtype.element_ty)"
-                    out.append(f"tl.store(at + {g} * C, {stored}, {_mask(False)})")
+                    out.append(f"tl.store({_apart('at', 'dx_g', g)}, {stored}, {_mask(False)})")
                 for k, v in enumerate(values[s.slots + s.inputs :]):
                     out.append(f"a{k} += tl.where(ok, {atom(v)}, 0.0) if MASKED else {atom(v)}")
                 new = values[: s.slots]
@@ -211,8 +218,8 @@ def backward(s: Source) -> str:
     arguments += ["saved_ptr", "groups"] if recompute else ["h_ptr", "y_ptr", "y_b", "y_t"]
     arguments += ["dy_ptr", "dh_ptr", "dx_ptr", "dp_ptr", "end_ptr"]
     arguments += ["reset_ptr", "r_b", "r_t", "r_shift"] * s.reset
-    arguments += ["x_b", "x_t", "x_g", "x_c", "dy_b", "dy_t", "dy_s", "dy_c", "dx_b", "dx_t"]
-    setup = [*_load_params(s), *_load_entering("dh_ptr", s.slots)]
+    arguments += [*X_PLACE, "dy_b", "dy_t", "dy_s", "dy_c", "dx_b", "dx_t", "dx_g", "dx_h"]
+    setup = [*IN_HEADS, *_load_params(s), *_load_entering("dh_ptr", s.slots)]
     functions = [
         function("jacobian", entries, s.arguments),
         function("adjoint", s.adjoint, [*s.arguments, *[f"g{i}" for i in slots]]),
@@ -370,7 +377,7 @@ def _store_end(slots: int) -> list[str]:
 
 
 def _load_inputs(s: Source, u: int, lead: bool, boundary: str) -> list[str]:
-    out = ["at = x_ptr + b * x_b + time * x_t + col * x_c"]
+    out = ["at = x_ptr + b * x_b + time * x_t + head * x_h + within * x_c"]
     out += [f"x{u}_{g} = tl.load({_apart('at', 'x_g', g)}, {_mask(lead)})" for g in range(s.inputs)]
     if s.reset:
         # r_shift is 1 for a reverse scan: it enters t from t + 1, across the boundary that reset[t + 1] marks
