@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lm_models import TINY, logits_by_loop, tiny_model, tokens, transformers
+from lm_models import TINY, Largest, logits_by_loop, tiny_model, tokens, transformers
 from parashoot.errors import ArgumentError, ArgumentTypeError
 from parashoot.lm import Cache, ParaRNNConfig, ParaRNNForCausalLM, ParaRNNModel
 from parashoot.lm import loss as losses
@@ -196,18 +195,6 @@ def test_z_loss_is_part_of_training_only():
     close(trained.loss, plain_loss(logits, ids, 0.1))
     close(trained.loss - trained.z_loss, plain_loss(logits, ids))
     assert trained.logits is None
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple) else (out,):
-            self.numel = max(self.numel, t.numel() if isinstance(t, torch.Tensor) else 0)
-        return out
 
 
 def test_the_logits_of_a_batch_never_exist_at_once(model, monkeypatch):

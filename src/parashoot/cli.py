@@ -90,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--streams", type=int, default=8, metavar="N", help="pieces read side by side (default: 8)")
     evaluate.add_argument("--window", type=int, default=1024, metavar="N", help="tokens a pass (default: 1024)")
     evaluate.add_argument(
-        "--context", type=int, metavar="N", help="for a Transformer: tokens before each window (default: as many as it has)"
+        "--context",
+        type=int,
+        metavar="N",
+        help="for a Transformer: tokens before each window (default: as many as it has)",
     )
     evaluate.add_argument(
         "--lengths", type=int, nargs="?", const=0, metavar="N",
