@@ -31,13 +31,12 @@ class Attention(nn.Module):
         self, x: Tensor, past: tuple[Tensor, ...] | None, reset: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x (B, T, d), the past, reset (B, T) bool -> (y (B, T, d), the past after x)."""
-        time = x.shape[1]
-        before = past[0].shape[1] if past is not None else 0
+        keys, values, *rest = past if past is not None else (None, None)
+        time, before, begun = x.shape[1], 0 if keys is None else keys.shape[1], rest[0] if rest else None
         qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_dim))
         (q, k), v = rotated(qkv[:, :, :2], before).unbind(2), qkv[:, :, 2]
-        begun = past[2] if past is not None and len(past) > 2 else None
-        if past is not None:
-            k, v = torch.cat([past[0].to(k.dtype), k], 1), torch.cat([past[1].to(v.dtype), v], 1)
+        if keys is not None and values is not None:
+            k, v = torch.cat([keys.to(k.dtype), k], 1), torch.cat([values.to(v.dtype), v], 1)
         after, mask = (k, v), None
         if begun is not None or reset is not None or (before and time > 1):
             i, j = torch.arange(before, before + time, device=x.device), torch.arange(before + time, device=x.device)

@@ -85,6 +85,6 @@ class Block(nn.Module):
         self, x: Tensor, past: tuple[Tensor, ...] | None = None, reset: Tensor | None = None, keep: bool = True
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x (B, T, d), the past, reset (B, T) bool -> (x (B, T, d), the past after it, empty unless `keep`)."""
-        y, past = self.mixer(self.mixer_norm(x), past, reset)
+        y, after = self.mixer(self.mixer_norm(x), past, reset)
         x = torch.addcmul(y, self.residual_scale, x)
-        return x + self.mlp(self.mlp_norm(x)), past if keep else ()
+        return x + self.mlp(self.mlp_norm(x)), after if keep else ()

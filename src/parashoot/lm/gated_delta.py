@@ -45,7 +45,7 @@ class GatedDelta(nn.Module):
     def reset_parameters(self) -> None:
         """Decay rates as in Mamba-2: exp(A) between 1 and 16, softplus(c) between 0.001 and 0.1, both nearly uniform in the logarithm."""
         nn.init.uniform_(self.A_log, 0.0, math.log(16))
-        nn.init.uniform_(self.dt_bias, *(math.log(math.expm1(dt)) for dt in (0.001, 0.1)))
+        nn.init.uniform_(self.dt_bias, math.log(math.expm1(0.001)), math.log(math.expm1(0.1)))
 
     def forward(
         self, x: Tensor, past: tuple[Tensor, ...] | None, reset: Tensor | None
@@ -66,7 +66,7 @@ class GatedDelta(nn.Module):
             o, state = step(state, *(t.squeeze(1).to(exact) for t in (q, k, v, g, b.sigmoid())))
             o = o.unsqueeze(1)
         else:
-            o, state = delta_rule(q, k, v, g, b.sigmoid(), state, reset)
+            o, state = delta_rule(q, k, v, g, b.sigmoid(), state, reset)  # type: ignore[misc]
         y = (self.norm(o.to(v.dtype)) * F.silu(gate.unflatten(-1, (-1, 2 * n)))).flatten(2)
         return self.out_proj(y), (conv_after, state)
 
