@@ -34,7 +34,8 @@ def place(tmp_path, monkeypatch) -> Path:
     given = {Path("small.json"): small} | {Path("recipes") / p.name: p.read_text() for p in ROOT.glob("recipes/*.json")}
     for path, text in given.items():
         config = json.loads(text)
-        path.write_text(json.dumps({**config, **SMALL, "model": {**config["model"], **TINY}}))
+        heads = {"head_dim": 8} if "head_dim" in config["model"] else {}
+        path.write_text(json.dumps({**config, **SMALL, "model": {**config["model"], **TINY, **heads}}))
     rows = [{"text": f"{k} and {k} are {2 * k}. " * 5} for k in range(300)]
     Path("corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: rows))
@@ -56,6 +57,8 @@ def test_every_command_runs(place, capsys):
         "two",
         "enwik8-paragru",
         "enwik8-paralstm",
+        "enwik8-transformer",
+        "enwik8-gated-delta",
     }
 
 

@@ -90,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--streams", type=int, default=8, metavar="N", help="pieces read side by side (default: 8)")
     evaluate.add_argument("--window", type=int, default=1024, metavar="N", help="tokens a pass (default: 1024)")
     evaluate.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="for a Transformer: tokens before each window (default: as many as it has)",
+    )
+    evaluate.add_argument(
         "--lengths", type=int, nargs="?", const=0, metavar="N",
         help="also the loss by position, in pieces of N tokens (default: 8 times the training length)",
     )  # fmt: skip
@@ -248,7 +254,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    """Bits per byte and perplexity of a checkpoint over a split, every token scored once with the state carried along."""
+    """Bits per byte and perplexity of a checkpoint over a split, every token scored once with the state carried along (Transformers: with --context)."""
     from .errors import bad_value
     from .lm import checkpoint
     from .lm.data import open_data
@@ -270,14 +276,15 @@ def _eval(options: argparse.Namespace) -> int:
     group = Processes(0, 1, choose_device(options.device))
     model = checkpoint.load_model(path, group.device)
     lower = precision(group, uses_bf16(config, group))
-    found = evaluate(model, tokens, batch=options.streams, window=options.window, lower=lower)
+    how = {"batch": options.streams, "window": options.window, "context": options.context, "lower": lower}
+    found = evaluate(model, tokens, **how)
     print(f"{path}: {found.scored:,} tokens of {tokens.name}")
     print(
         f"bits per byte  {found.bits_per_byte:.4f}\nperplexity     {found.perplexity:.4f}\nloss           {found.loss:.4f}"
     )
     if options.lengths is not None:
         stream = options.lengths or 8 * config.sequence_length
-        found = evaluate(model, tokens, stream=stream, batch=options.streams, window=options.window, lower=lower)
+        found = evaluate(model, tokens, stream=stream, **how)
         print(f"\nLoss by position in pieces of {stream:,} tokens (trained on {config.sequence_length:,}):")
         print(f"{'position':>17} {'tokens':>12} {'loss':>8} {'perplexity':>11}")
         for first, last, count, nats in found.by_position:

@@ -1,9 +1,9 @@
-"""The block of the language model: a recurrent mixer and an MLP, as in ParaRNN (Danieli et al. 2025, arXiv 2510.21450).
+"""The block of the language model: a mixer of tokens and an MLP, as in ParaRNN (Danieli et al. 2025, arXiv 2510.21450).
 
-    u, g = W_in norm(x);  y = cell(silu(conv(u)));  x <- s * x + W_out norm(y * silu(g));  x <- x + MLP(norm(x))
+    x <- s * x + mixer(norm(x));  x <- x + MLP(norm(x))
 
-Of the past a block needs the last k - 1 inputs of its convolution, `conv` (B, k - 1, C), and the cell's `state` (1, B, S, C),
-with C = state_expansion * d. One token after a past takes the cell's step, anything longer runs in parallel over time.
+A mixer maps x (B, T, d), what it kept of the past (a tuple of tensors with the batch in front, None at the beginning) and reset
+(B, T) bool or None to y (B, T, d) and the past after x.
 """
 
 from __future__ import annotations
@@ -14,23 +14,19 @@ from torch.nn import functional as F
 
 from ..cells.find import find_cell
 from ..layers import RNN
+from .attention import Attention
 from .config import ParaRNNConfig
 from .conv import CausalConv
+from .gated_delta import GatedDelta
+from .parts import ResidualLinear, RMSNorm
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * w, with w in the dtype of x, for which PyTorch has a fused kernel."""
+class Recurrence(nn.Module):
+    """W_out norm(cell(silu(conv(u))) * silu(g)), with u, g = W_in x: (B, T, d) -> (B, T, d).
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-class ResidualLinear(nn.Linear):
-    """A linear layer that writes to the residual stream, drawn narrower the more of them there are."""
-
-
-class Mixer(nn.Module):
-    """W_out norm(cell(silu(conv(u))) * silu(g)), with u, g = W_in x: (B, T, d) -> (B, T, d)."""
+    Of the past it needs the last k - 1 inputs of its convolution (B, k - 1, C) and the cell's state (B, S, C), with
+    C = state_expansion * d. One token after a past takes the cell's step, anything longer runs in parallel over time.
+    """
 
     def __init__(self, config: ParaRNNConfig):
         super().__init__()
@@ -43,17 +39,22 @@ class Mixer(nn.Module):
         self.out_proj = ResidualLinear(width, d, bias=False)
 
     def forward(
-        self, x: Tensor, conv: Tensor | None, state: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, d), the past `conv` and `state` -> (y (B, T, d), their values after the last step)."""
+        self, x: Tensor, past: tuple[Tensor, ...] | None, reset: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x (B, T, d), the past, reset (B, T) bool -> (y (B, T, d), the past after x)."""
+        conv, state = (past[0], past[1].unsqueeze(0)) if past is not None else (None, None)
         u, g = self.in_proj(x).chunk(2, -1)
-        u, conv_after = self.conv(u, conv, reset)
+        u, conv = self.conv(u, conv, reset)
         if x.shape[1] == 1 and state is not None and reset is None:
-            y, state_after = self.rnn.step(F.silu(u).squeeze(1), state)
+            y, state = self.rnn.step(F.silu(u).squeeze(1), state)
             y = y.unsqueeze(1)
         else:
-            y, state_after = self.rnn(F.silu(u), state, reset=reset)
-        return self.out_proj(self.norm(y * F.silu(g))), conv_after, state_after
+            y, state = self.rnn(F.silu(u), state, reset=reset)
+        return self.out_proj(self.norm(y * F.silu(g))), (conv, state.squeeze(0))
+
+
+MIXERS = {"rnn": Recurrence, "attention": Attention, "gated_delta": GatedDelta}
+"""`mixer` of the configuration -> its class."""
 
 
 class SwiGLU(nn.Module):
@@ -75,15 +76,15 @@ class Block(nn.Module):
     def __init__(self, config: ParaRNNConfig):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = Mixer(config)
+        self.mixer = MIXERS[config.mixer](config)
         self.residual_scale = nn.Parameter(torch.ones(config.hidden_size))
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, x: Tensor, conv: Tensor | None = None, state: Tensor | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, d), the past, reset (B, T) bool -> (x (B, T, d), the past after it)."""
-        y, conv_after, state_after = self.mixer(self.mixer_norm(x), conv, state, reset)
+        self, x: Tensor, past: tuple[Tensor, ...] | None = None, reset: Tensor | None = None, keep: bool = True
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x (B, T, d), the past, reset (B, T) bool -> (x (B, T, d), the past after it, empty unless `keep`)."""
+        y, after = self.mixer(self.mixer_norm(x), past, reset)
         x = torch.addcmul(y, self.residual_scale, x)
-        return x + self.mlp(self.mlp_norm(x)), conv_after, state_after
+        return x + self.mlp(self.mlp_norm(x)), after if keep else ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import fields
+from itertools import chain
 from typing import Any
 
 import transformers
@@ -13,8 +14,14 @@ from transformers import PretrainedConfig
 from ..cells.find import find_cell
 from ..errors import bad_type, bad_value
 
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "conv_kernel", "state_expansion")  # fmt: skip
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "conv_kernel", "state_expansion", "head_dim")  # fmt: skip
 REQUIRED = SIZES[:3]
+MIXERS = {
+    "rnn": ("num_heads", "cell", "conv_kernel", "state_expansion", "recurrent_clip"),
+    "attention": ("head_dim",),
+    "gated_delta": ("head_dim", "conv_kernel"),
+}
+"""`mixer` -> the fields that say how it is built."""
 FROM_LIBRARY = ("architectures", "dtype", "torch_dtype")  # what transformers notes in a saved configuration
 
 
@@ -22,12 +29,15 @@ class ParaRNNConfig(PretrainedConfig):
     """Sizes and options of a `ParaRNNForCausalLM`; d is `hidden_size`.
 
     - `vocab_size`, `hidden_size`, `num_hidden_layers`.
-    - `num_heads`: blocks of the cell's block-diagonal input projection.
-    - `cell`: a name in `parashoot.cells`, or "module:attribute".
+    - `mixer`: what mixes the tokens: "rnn", a cell run in parallel over time; for comparison "attention", a Transformer with rotary
+      positions, and "gated_delta", a linear RNN (Gated DeltaNet). Each has fields of its own, and refuses those of others.
+    - `num_heads` (rnn): blocks of the cell's block-diagonal input projection.
+    - `cell` (rnn): a name in `parashoot.cells`, or "module:attribute".
     - `intermediate_size`: width of the SwiGLU MLP; None: 8d/3 rounded up to a multiple of 256.
-    - `conv_kernel`: taps of the causal convolution in front of the cell.
-    - `state_expansion` e: the cell has e d channels.
-    - `recurrent_clip`: bound on the cell's vector parameters; None: unbounded.
+    - `conv_kernel` (rnn, gated_delta): taps of the causal convolution.
+    - `state_expansion` e (rnn): the cell has e d channels.
+    - `head_dim` (attention, gated_delta): width of a head's queries and keys; values of gated_delta are twice as wide.
+    - `recurrent_clip` (rnn): bound on the cell's vector parameters; None: unbounded.
     - `tie_word_embeddings`: the head shares the embedding matrix.
     - `z_loss`: while training, this times the mean of logsumexp(logits)^2 is added to the loss.
     - `bos_token_id`, `eos_token_id`, `pad_token_id`: the tokens that begin, end and fill up a text; None: none does.
@@ -59,6 +69,8 @@ class ParaRNNConfig(PretrainedConfig):
         pad_token_id: int | None = None,
         rms_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
+        mixer: str = "rnn",
+        head_dim: int = 64,
         **library: Any,
     ):
         own = {name: value for name, value in locals().items() if name in own_fields()}
@@ -70,6 +82,11 @@ class ParaRNNConfig(PretrainedConfig):
         super().__init__(**library, **{name: own.pop(name) for name in shared})
         for name, value in own.items():
             setattr(self, name, value)
+
+    @property
+    def cache_grows(self) -> bool:
+        """Whether what the model keeps of the past grows with its length."""
+        return self.mixer == "attention"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and `model_type`, as plain values."""
@@ -101,6 +118,12 @@ class ParaRNNConfig(PretrainedConfig):
 def own_fields() -> tuple[str, ...]:
     """The names of the fields of a `ParaRNNConfig`, without the library's."""
     return tuple(inspect.signature(ParaRNNConfig.__init__).parameters)[1:-1]
+
+
+def foreign_fields(mixer: str) -> dict[str, Any]:
+    """The fields that only concern other mixers than this one, and their defaults."""
+    defaults = inspect.signature(ParaRNNConfig.__init__).parameters
+    return {name: defaults[name].default for name in sorted({*chain(*MIXERS.values())} - {*MIXERS[mixer]})}
 
 
 def is_count(value: object) -> bool:
@@ -137,8 +160,7 @@ def _check_values(own: dict[str, Any]) -> None:
     for name in SIZES:
         if not is_count(own[name]):
             bad_value(name, repr(own[name]), "an integer >= 1")
-    if own["hidden_size"] % own["num_heads"]:
-        bad_value("hidden_size", str(own["hidden_size"]), f"a multiple of num_heads = {own['num_heads']}")
+    _check_mixer(own)
     if not isinstance(own["cell"], str) or ":" not in own["cell"]:
         find_cell(own["cell"])
     for name in ("recurrent_clip", "rms_norm_eps", "initializer_range", "z_loss"):
@@ -154,3 +176,20 @@ def _check_values(own: dict[str, Any]) -> None:
         token, vocab = own[name], own["vocab_size"]
         if token is not None and (not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab):
             bad_value(name, repr(token), f"None or a token below vocab_size = {vocab}")
+
+
+def _check_mixer(own: dict[str, Any]) -> None:
+    mixer, d, n = own["mixer"], own["hidden_size"], own["head_dim"]
+    if mixer not in MIXERS:
+        bad_value("mixer", repr(mixer), f"one of {', '.join(MIXERS)}")
+    for name, default in foreign_fields(mixer).items():
+        if own[name] != default:
+            bad_value(name, repr(own[name]), f"{default!r} with mixer = '{mixer}'", "That mixer has no such part.")
+    if mixer == "rnn" and d % own["num_heads"]:
+        bad_value("hidden_size", str(d), f"a multiple of num_heads = {own['num_heads']}")
+    if mixer == "attention" and n % 2:
+        bad_value("head_dim", str(n), "an even number, because positions turn pairs of channels")
+    heads_of = {"attention": ("head_dim", n), "gated_delta": ("2 head_dim", 2 * n)}
+    if mixer in heads_of and d % heads_of[mixer][1]:
+        name, width = heads_of[mixer]
+        bad_value("hidden_size", str(d), f"a multiple of {name} = {width}", "Choose another head_dim.")

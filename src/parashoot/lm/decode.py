@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class Decoder:
     ):  # fmt: skip
         if not isinstance(model, ParaRNNForCausalLM):
             bad_type("model", model, "a ParaRNNForCausalLM")
+        if model.config.cache_grows:
+            mixer = f"a model with mixer = {model.config.mixer!r}, whose cache grows"
+            bad_value("model", mixer, "one whose cache has a constant size", "Use model.generate instead.")
         if not is_count(batch_size):
             bad_value("batch_size", repr(batch_size), "an integer >= 1")
         check_sampling(temperature, top_k)
@@ -44,11 +48,8 @@ class Decoder:
         self.cache = Cache()
         first = model(self.token[:, None], past_key_values=self.cache)
         self.logits = first.logits[:, 0].float()
-        buffers = [
-            [t.clone(memory_format=torch.contiguous_format) for t in part]
-            for part in (self.cache.conv, self.cache.state)
-        ]
-        self.cache.conv, self.cache.state = buffers
+        own = {"memory_format": torch.contiguous_format}
+        self.cache.blocks = [tuple(t.clone(**own) for t in block) for block in self.cache.blocks]
         self._drawn = torch.zeros(batch_size, BURST, dtype=torch.int64, device=self.device)
         self._place = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._generator = torch.Generator(self.device)
@@ -65,7 +66,7 @@ class Decoder:
     @torch.no_grad()
     def restart(self) -> None:
         """Forget the past, as before a text begins."""
-        for t in (*self.cache.conv, *self.cache.state, self.logits):
+        for t in (*chain(*self.cache.blocks), self.logits):
             t.zero_()
         self.cache.length = 0
 
@@ -81,7 +82,7 @@ class Decoder:
             attention_mask = attention_mask.to(self.device)
         made = Cache()
         out = self.model(prompt.to(self.device), attention_mask, made, logits_to_keep=1)
-        for buffer, value in zip((*self.cache.conv, *self.cache.state), (*made.conv, *made.state), strict=True):
+        for buffer, value in zip(chain(*self.cache.blocks), chain(*made.blocks), strict=True):
             buffer.copy_(value)
         self.cache.length = made.length
         return self.logits.copy_(out.logits[:, 0])
@@ -114,8 +115,8 @@ class Decoder:
     def _run_step(self) -> None:
         base = self.model.model
         x = base.embed_tokens(self.token).unsqueeze(1)
-        for block, conv, state in zip(base.layers, self.cache.conv, self.cache.state, strict=True):
-            x = self._advance(block, x, conv, state)
+        for block, past in zip(base.layers, self.cache.blocks, strict=True):
+            x = self._advance(block, x, past)
         self.logits.copy_(self.model.lm_head(base.norm(x)).squeeze(1))
 
     def _run_next(self) -> None:
@@ -141,11 +142,11 @@ class Decoder:
         return graph.replay
 
 
-def advance(block: nn.Module, x: Tensor, conv: Tensor, state: Tensor) -> Tensor:
-    """One block on one token: x (B, 1, d) -> (B, 1, d); `conv` and `state` are overwritten."""
-    x, conv_after, state_after = block(x, conv, state)
-    conv.copy_(conv_after)
-    state.copy_(state_after)
+def advance(block: nn.Module, x: Tensor, past: tuple[Tensor, ...]) -> Tensor:
+    """One block on one token: x (B, 1, d) -> (B, 1, d); the tensors of `past` are overwritten."""
+    x, after = block(x, past)
+    for buffer, value in zip(past, after, strict=True):
+        buffer.copy_(value)
     return x
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from ..errors import bad_value
+from .cache import Cache
 from .data import Tokens
-from .models import continued
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,27 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: Any,
     tokens: Tokens,
     *,
     stream: int | None = None,
     batch: int = 8,
     window: int = 1024,
+    context: int | None = None,
     lower: AbstractContextManager[Any] | None = None,
 ) -> Evaluation:
     """-ln p of every token of `tokens` but the first, each scored once, given what comes before it in its stream.
 
     The split is cut into streams of `stream` tokens (None: as many as fill one batch); `batch` of them run side by side, from an
     empty state, in windows of `window` tokens between which the state is carried. Documents begin from an empty state.
-    `lower`: a context for the passes, such as autocast.
+    A Transformer instead reads each window together with the `context` tokens before it (None: as many as a window).
+    `lower`: a context for the passes, such as autocast. Raises `ArgumentError`.
     """
+    grows = model.config.cache_grows
+    if context is not None and not (grows and context >= 0):
+        expected = "None or an integer >= 0" if grows else "None"
+        bad_value("context", str(context), expected, "" if grows else "This model carries all of its past as a state.")
+    context = (window if context is None else context) if grows else 0
     predicted = len(tokens) - 1
     stream = min(stream or math.ceil(predicted / batch), predicted)
     heads = np.arange(0, predicted, stream)
@@ -75,16 +82,16 @@ def evaluate(
     model.eval()
     with lower or nullcontext():
         for group in np.split(heads, range(batch, len(heads), batch)):
-            past, since = None, torch.zeros(len(group), 1, dtype=torch.int64)
+            past, since = None if grows else Cache(), torch.zeros(len(group), 1, dtype=torch.int64)
             for at in range(0, stream, window):
-                length = min(window, stream - at)
-                ids, reset, valid = _rows(tokens, group + at, length)
-                many = len(tokens.starts) > 1
-                logits, past = continued(model, ids[:, :-1].to(device), past, reset.to(device) if many else None)
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].to(device).flatten(), reduction="none")
-                seen = _since(reset, since)
+                length, before = min(window, stream - at), min(context, at)
+                ids, reset, valid = _rows(tokens, group + at - before, before + length)
+                documents = reset.to(device) if len(tokens.starts) > 1 else None
+                ids = ids.to(device)
+                loss = model.token_losses(ids[:, :-1], ids[:, before + 1 :], past, documents).double().cpu()
+                seen = _since(reset[:, before:], since)
                 since = seen[:, -1:]
-                _add(buckets, seen[valid], loss.double().cpu().view(len(group), -1)[valid])
+                _add(buckets, seen[valid[:, before:]], loss[valid[:, before:]])
     model.train(was_training)
     scored, nats = int(buckets[0].sum()), float(buckets[1].sum())
     ranges = [

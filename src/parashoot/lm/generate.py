@@ -1,16 +1,17 @@
-"""Sampling from a model: the prompt in one parallel pass, then one constant-time step a token."""
+"""Sampling from a model: the prompt in one parallel pass, then one step a token."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..errors import bad_type, bad_value
+from .cache import Cache
 from .config import is_count
-from .decode import BURST, Decoder
+from .decode import BURST, Decoder, check_sampling, draw
 from .model import ParaRNNForCausalLM
 
 
@@ -30,16 +31,38 @@ def generate(
     configuration, or when `on_token`, called with each token, returns True. Raises `ArgumentError`.
     """
     _check(model, prompt, max_new_tokens)
-    decoder = Decoder(model, temperature=temperature, top_k=top_k, seed=seed)
-    decoder.prefill(prompt.to(torch.int64)[None])
-    burst = BURST if decoder.device.type == "cuda" else 1
+    source = _step_by_step if model.config.cache_grows else _in_bursts
     tokens: list[int] = []
-    while len(tokens) < max_new_tokens:
-        for token in decoder.sample(min(burst, max_new_tokens - len(tokens)))[0].tolist():
-            tokens.append(token)
-            if (on_token is not None and on_token(token)) or token == model.config.eos_token_id:
-                return tokens
+    for token in source(model, prompt.to(torch.int64)[None], max_new_tokens, temperature, top_k, seed):
+        tokens.append(token)
+        if (on_token is not None and on_token(token)) or token == model.config.eos_token_id:
+            break
     return tokens
+
+
+def _in_bursts(
+    model: ParaRNNForCausalLM, prompt: Tensor, count: int, temperature: float, top_k: int | None, seed: int
+) -> Iterator[int]:
+    """`count` tokens after `prompt` (1, T) by a `Decoder`."""
+    decoder = Decoder(model, temperature=temperature, top_k=top_k, seed=seed)
+    decoder.prefill(prompt)
+    burst = BURST if decoder.device.type == "cuda" else 1
+    for made in range(0, count, burst):
+        yield from decoder.sample(min(burst, count - made))[0].tolist()
+
+
+@torch.no_grad()
+def _step_by_step(
+    model: ParaRNNForCausalLM, prompt: Tensor, count: int, temperature: float, top_k: int | None, seed: int
+) -> Iterator[int]:
+    """The same from a cache that grows."""
+    check_sampling(temperature, top_k)
+    device, cache = model.lm_head.weight.device, Cache()
+    generator, token = torch.Generator(device).manual_seed(seed), prompt.to(device)
+    for _ in range(count):
+        logits = model(token, past_key_values=cache, logits_to_keep=1).logits[:, 0].float()
+        token = draw(logits, temperature, top_k, generator)[:, None]
+        yield int(token)
 
 
 def generate_text(

@@ -1,4 +1,4 @@
-"""What `transformers`' `generate` asks of a model whose cache holds a state instead of entries for each token."""
+"""What `transformers`' `generate` asks of a model whose cache is ours."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class StatefulGeneration:
         if inputs_embeds is not None and (past is None or not past.length):
             return {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **rest}
         seen = 0 if past is None else min(past.length, input_ids.shape[1] - 1)
-        # Whatever is padding lies in the past after the prompt, and a step without a mask is the cheaper one.
-        mask = None if seen and seen == input_ids.shape[1] - 1 else attention_mask
+        # Whatever is padding lies in the past after the prompt, and a pass without a mask is the cheaper one.
+        stepping = seen and seen == input_ids.shape[1] - 1
+        mask = None if stepping or attention_mask is None or bool(attention_mask.all()) else attention_mask
         return {"input_ids": input_ids[:, seen:].contiguous(), "attention_mask": mask, **rest}

@@ -11,7 +11,7 @@ import importlib.util
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROWS = 4096
@@ -39,6 +39,13 @@ def next_token_loss(
     if num_items is None:
         num_items = (targets != IGNORED).sum().clamp(min=1)
     return summed / num_items, z_part.detach() / num_items
+
+
+def token_losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    """-ln softmax(head(h))[target] for h (B, T, d) and targets (B, T) int64: (B, T) in float32 or better, in pieces of `ROWS` tokens."""
+    pieces = zip(hidden.flatten(0, 1).split(ROWS), targets.flatten().split(ROWS), strict=True)
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    return torch.cat([F.cross_entropy(head(h).to(exact), t, reduction="none") for h, t in pieces]).view_as(targets)
 
 
 def _total(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from ..errors import bad_type, bad_value
 from ..layers import RNN
-from .block import Block, Mixer, ResidualLinear, RMSNorm
+from .block import Block, Recurrence
 from .cache import Cache, boundaries
 from .config import ParaRNNConfig
 from .conv import CausalConv
+from .gated_delta import GatedDelta
 from .generation import StatefulGeneration
-from .loss import next_token_loss
+from .loss import next_token_loss, token_losses
+from .parts import ResidualLinear, RMSNorm
 
 
 @dataclass
@@ -32,7 +35,7 @@ class ParaRNNPreTrainedModel(PreTrainedModel):
     """Initialization, saving and loading of the models below.
 
     Embeddings and linear layers are drawn from N(0, r^2), those that write to the residual stream from N(0, r^2 / 2L), with
-    r = `initializer_range` and L blocks; the recurrent layers and the convolutions as they draw themselves.
+    r = `initializer_range` and L blocks; recurrent layers, decay rates and convolutions as they draw themselves.
     """
 
     config_class = ParaRNNConfig
@@ -51,7 +54,7 @@ class ParaRNNPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, (RNN, CausalConv, RMSNorm)):
+        elif isinstance(module, (RNN, GatedDelta, CausalConv, RMSNorm)):
             module.reset_parameters()
         elif isinstance(module, Block):
             nn.init.ones_(module.residual_scale)
@@ -62,8 +65,8 @@ class ParaRNNPreTrainedModel(PreTrainedModel):
         self.tie_weights()
 
     def recurrent_layers(self) -> list[RNN]:
-        """The recurrent layer of each block; assign their `solver` to choose how time runs."""
-        return [m.rnn for m in self.modules() if isinstance(m, Mixer)]
+        """The recurrent layer of each block, none with other mixers; assign their `solver` to choose how time runs."""
+        return [m.rnn for m in self.modules() if isinstance(m, Recurrence)]
 
 
 class ParaRNNModel(ParaRNNPreTrainedModel):
@@ -104,13 +107,11 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
         checkpointed = self.gradient_checkpointing and self.training
         after = []
         for k, block in enumerate(self.layers):
-            if checkpointed:
-                x, *new = self._gradient_checkpointing_func(block.__call__, x, *past.past(k), reset)
-            else:
-                x, *new = block(x, *past.past(k), reset)
+            call = partial(self._gradient_checkpointing_func, block.__call__) if checkpointed else block
+            x, new = call(x, past.blocks[k] if past.blocks else None, reset, use_cache)
             after.append(new)
         if use_cache:
-            past.store(after, x.shape[1])
+            past.blocks, past.length = after, past.length + x.shape[1]
         out = BaseModelOutputWithPast(self.norm(x), past if use_cache else None)  # type: ignore[arg-type]
         return out.to_tuple() if return_dict is False else out
 
@@ -136,8 +137,8 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
         batch, time = x.shape[:2]
         if not isinstance(past, Cache):
             bad_type("past_key_values", past, "None or a parashoot.lm.Cache")
-        if past.state and (len(past.state) != len(self.layers) or past.batch_size != batch):
-            came = f"{len(past.state)} blocks, batch {past.batch_size}"
+        if past.blocks and (len(past.blocks) != len(self.layers) or past.batch_size != batch):
+            came = f"{len(past.blocks)} blocks, batch {past.batch_size}"
             bad_value("past_key_values", came, f"{len(self.layers)} blocks, batch {batch}")
         if reset is not None and (reset.dtype != torch.bool or tuple(reset.shape) != (batch, time)):
             bad_value("reset", reset, f"torch.bool of shape (B, T) = {(batch, time)}")
@@ -215,3 +216,14 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
             loss, logits, after[0] if after else None, z_loss=z_part if self.training and self.config.z_loss else None
         )
         return out.to_tuple() if return_dict is False else out
+
+    def token_losses(
+        self, input_ids: Tensor, targets: Tensor, past_key_values: Cache | None = None, reset: Tensor | None = None
+    ) -> Tensor:
+        """-ln p of `targets` (B, N), what follows the last N of `input_ids` (B, T): (B, N) in float32 or better.
+
+        The other arguments as in `forward`. Logits exist for a piece of the tokens at a time.
+        """
+        given = (input_ids, None, past_key_values, None, reset, past_key_values is not None)
+        hidden, *_ = self.model(*given, return_dict=False)
+        return token_losses(hidden[:, -targets.shape[1] :], self.lm_head, targets)

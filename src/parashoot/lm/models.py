@@ -1,16 +1,16 @@
 """Language models by `model_type`, and the few things that training and evaluation know about how one is built.
 
-A model maps `model(input_ids, labels=..., reset=...)` to an output with `loss` and `logits`, and names its `recurrent_layers()`.
+A model maps `model(input_ids, labels=..., reset=...)` to an output with `loss` and `logits`, gives its `token_losses(...)`, and names its
+`recurrent_layers()`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import bad_type, bad_value
-from .cache import Cache
 from .config import ParaRNNConfig
 from .model import ParaRNNForCausalLM
 
@@ -39,12 +39,6 @@ def build_model(config: Any) -> nn.Module:
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The residual blocks, which are compiled, checkpointed and sharded one by one."""
     return list(model.get_submodule("model.layers").children())
-
-
-def continued(model: nn.Module, ids: Tensor, past: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
-    """Run over ids (B, T) from `past` on (None: from nothing): logits (B, T, V), and the past after them."""
-    past = Cache() if past is None else past
-    return model(ids, past_key_values=past, reset=reset).logits, past
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import bad_value
-from .config import ParaRNNConfig
+from .config import MIXERS, ParaRNNConfig, foreign_fields
 from .train_config import TrainConfig
 
 BPE_VOCABULARY = 50432
@@ -29,12 +29,14 @@ PRESETS = {
 def preset(name: str, **changes: Any) -> ParaRNNConfig:
     """A copy of the configuration `name` of `PRESETS` with other values for some fields: `preset("400M", cell="lstm")`.
 
+    With another `mixer` the fields that it has no use for take their defaults.
     Sizes from 5M to 125M read bytes; another `vocab_size` V adds 2 (V - 256) `hidden_size` parameters, half of that with tied
     embeddings. Raises `ArgumentError`.
     """
     if name not in PRESETS:
         bad_value("preset", repr(name), f"one of {', '.join(PRESETS)}")
-    return PRESETS[name].replace(**changes)
+    mixer = changes.get("mixer")
+    return PRESETS[name].replace(**{**(foreign_fields(mixer) if mixer in MIXERS else {}), **changes})
 
 
 DEMO = TrainConfig(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import bad_value
@@ -99,6 +99,7 @@ def place(model: nn.Module, group: Processes, *, bf16: bool, compiled: bool, che
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32)
     for module in (*blocks(model), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "token_losses")
 
 
 def precision(group: Processes, bf16: bool) -> contextlib.AbstractContextManager[Any]:

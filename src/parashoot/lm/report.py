@@ -25,7 +25,8 @@ def introduce(run: Run) -> str:
     """What is about to be trained, in two lines."""
     c, group = run.config, run.group
     count = sum(p.numel() for p in run.model.parameters())
-    facts = {k: v for k, v in c.model.to_dict().items() if k in ("hidden_size", "num_hidden_layers", "cell")}
+    kind = "cell" if run.model.recurrent_layers() else "mixer"
+    facts = {k: getattr(c.model, k) for k in ("hidden_size", "num_hidden_layers", kind)}
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
     where = f"{group.size} x {run.device.type}" if group.size > 1 else f"{run.device}"
     return (
@@ -78,13 +79,16 @@ def _validation(run: Run) -> Evaluation | None:
     tokens = run.data.splits.get("validation")
     if tokens is None or len(tokens) < 2:
         return None
-    return evaluate(run.model, tokens, batch=32, window=512, lower=precision(run.group, run.bf16))
+    window = max(1, run.config.sequence_length // 2)  # with as much context it is what attention was trained on
+    return evaluate(run.model, tokens, batch=32, window=window, lower=precision(run.group, run.bf16))
 
 
 def _demonstrate(run: Run, prompt: str, sample_bytes: int) -> dict[str, Any]:
     """A sample of the byte-level model, and the speed of its first layer."""
     sample = generate_text(run.model, prompt, sample_bytes, temperature=0.8, top_k=40, seed=run.config.seed)
     print(f"\nSample:\n{prompt}{sample}\n")
+    if not run.model.recurrent_layers():
+        return {"sample": prompt + sample}
     tokens = torch.from_numpy(run.data.split("validation").read(0, SPEED_LENGTH))
     assert run.saved is not None
     speed = layer_speed(load_model(run.saved), tokens)

@@ -219,10 +219,10 @@ def _save(run: Run) -> None:
 
 def _restore(run: Run, path: Path) -> None:
     saved = checkpoint.facts(path)
-    mine = run.config.to_dict()
-    changed = [k for k, v in mine.items() if k not in FREE and saved["config"].get(k) != v]
+    mine, its = run.config.to_dict(), TrainConfig.from_dict(saved["config"]).to_dict()
+    changed = [k for k, v in mine.items() if k not in FREE and its[k] != v]
     if changed:
-        values = ", ".join(f"{k} = {mine[k]!r} (saved: {saved['config'].get(k)!r})" for k in changed)
+        values = ", ".join(f"{k} = {mine[k]!r} (saved: {its[k]!r})" for k in changed)
         bad_value("config", values, f"the values of the checkpoint {path}", "Or start a new run.")
     if saved["data"] != run.data.fingerprint:
         bad_value("data", "other data than the checkpoint's", "the same data", "Or start a new run.")

@@ -17,6 +17,8 @@ def solver_statistics(model: Any, ids: Tensor, reset: Tensor | None) -> list[dic
     """For each recurrent layer, on the batch ids (B, T): sweeps of the slowest sequence and on average, and the final defect."""
     infos: list[ScanInfo] = []
     layers = model.recurrent_layers()
+    if not layers:
+        return []
     for layer in layers:
         layer._scan = partial(_recorded, infos)  # type: ignore[method-assign]
     try:
