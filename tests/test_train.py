@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 from parashoot import scan as library_scan
@@ -30,7 +31,7 @@ from parashoot.lm.log import read_log
 from parashoot.lm.models import build_model, materialized, parameter_groups
 from parashoot.lm.prepare import prepare
 from parashoot.lm.presets import DEMO
-from parashoot.lm.processes import Processes, place
+from parashoot.lm.processes import Processes, place, precision
 from parashoot.lm.sources import by_content, text_files
 from parashoot.lm.tokenizer import Bytes
 from parashoot.lm.train import Run, train
@@ -505,19 +506,31 @@ def test_an_unknown_device_is_explained():
     assert main(["train", "demo", "--device", "abacus"]) == 2
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_blocks_are_compiled_once_and_computed_the_same(checkpointed, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+def test_blocks_are_compiled_once_and_computed_the_same(checkpointed, bf16, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     counters.clear()
-    ids = torch.randint(0, 256, (2, 24))
+    ids, reset = torch.randint(0, 256, (2, 24)), torch.rand(2, 24) < 0.1
     gradients = []
     for compiled in (False, True):
         model = build_model(TINY)
-        place(model, ALONE, seed=0, bf16=False, compiled=compiled, checkpointed=checkpointed)
-        model(ids, labels=ids).loss.backward()
+        place(model, ALONE, seed=0, bf16=bf16, compiled=compiled, checkpointed=checkpointed)
+        with precision(ALONE, bf16):
+            loss = model(ids, labels=ids, reset=reset).loss
+        loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
-    assert counters["frames"]["ok"] == 1  # one graph for both blocks
+    assert counters["frames"]["ok"] == len(graphs) == 1  # one graph for both blocks
     assert not counters["graph_break"]
+    assert [n.target for n in graphs[0].graph.nodes if "parashoot" in str(n.target)] == [
+        torch.ops.parashoot.scan.default
+    ]
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)

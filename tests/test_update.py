@@ -142,7 +142,20 @@ def test_results_are_read_while_the_next_step_runs_and_before_a_checkpoint(tmp_p
     noting(Run, "update")
     noting(Late, "read")
     train(config(checkpoint_every=4), tmp_path / "run", ALONE)
-    assert happened == ["update", "update", "read", "update", "read", "update", "read", "read", "update", "update", "read", "read"]
+    assert happened == [
+        "update",
+        "update",
+        "read",
+        "update",
+        "read",
+        "update",
+        "read",
+        "read",
+        "update",
+        "update",
+        "read",
+        "read",
+    ]
     assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
