@@ -115,5 +115,6 @@ def place(
 def precision(group: Processes, bf16: bool) -> contextlib.AbstractContextManager[Any]:
     """What forward passes run under: bfloat16 autocast on one process; several have it from `place`."""
     if bf16 and group.size == 1:
-        return torch.autocast(group.device.type, torch.bfloat16)
+        # A pass reads each weight once: a cache would only keep all copies until it ends.
+        return torch.autocast(group.device.type, torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()
