@@ -32,7 +32,7 @@ from parashoot.lm.decode import advance
 from parashoot.lm.evaluate import evaluate
 from parashoot.lm.gated_delta import GatedDelta, delta_rule
 from parashoot.lm.log import read_log
-from parashoot.lm.models import model_config, parameter_groups
+from parashoot.lm.models import build_model, model_config, parameter_groups
 from parashoot.lm.presets import PRESETS, preset
 from parashoot.lm.processes import Processes, place
 from parashoot.lm.train import Run, train
@@ -375,8 +375,9 @@ def test_checkpointing_and_compiling_change_nothing(name, monkeypatch):
     ):
         torch._dynamo.reset()
         counters.clear()
-        model: Any = tiny_model(**MIXERS[name]).train()
-        place(model, ALONE, bf16=False, compiled=compiled, checkpointed=checkpointed)
+        model = build_model(TINY.replace(**MIXERS[name])).double().train()
+        place(model, ALONE, seed=None, bf16=False, compiled=compiled, checkpointed=checkpointed)
+        model.load_state_dict(tiny_model(**MIXERS[name]).state_dict())
         if library:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         for step in range(3):

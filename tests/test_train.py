@@ -18,20 +18,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 from parashoot import scan as library_scan
 from parashoot.cli import main
 from parashoot.errors import ArgumentError, CheckpointError, DivergedError
 from parashoot.lm import ParaRNNConfig, ParaRNNForCausalLM, checkpoint
-from parashoot.lm import train as training
 from parashoot.lm.data import Windows
 from parashoot.lm.interrupt import Interrupt
 from parashoot.lm.log import read_log
-from parashoot.lm.models import parameter_groups
+from parashoot.lm.models import build_model, materialized, parameter_groups
 from parashoot.lm.prepare import prepare
 from parashoot.lm.presets import DEMO
-from parashoot.lm.processes import Processes, place
+from parashoot.lm.processes import Processes, place, precision
 from parashoot.lm.sources import by_content, text_files
 from parashoot.lm.tokenizer import Bytes
 from parashoot.lm.train import Run, train
@@ -62,6 +62,12 @@ def losses(directory: Path) -> list[float]:
     lines = read_log(directory)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
+
+
+def new_model(seed: int) -> ParaRNNForCausalLM:
+    model = build_model(TINY)
+    list(materialized(model, torch.device("cpu"), seed))
+    return model
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -98,8 +104,7 @@ def test_decay_does_not_depend_on_the_learning_rate(data, tmp_path, monkeypatch)
     shrunk = []
     for rate in (1e-9, 1e-8):  # too low to learn anything
         config = run_config(data, steps=3, learning_rate=rate, weight_decay=0.1, warmup=0.0)
-        torch.manual_seed(config.seed)
-        before = ParaRNNForCausalLM(TINY).state_dict()
+        before = new_model(config.seed).state_dict()
         after = weights(train(config, tmp_path / f"{rate}", ALONE))
         name = next(n for n in after if n.endswith("in_proj.weight"))
         shrunk.append((after[name] / before[name]).median().item())
@@ -118,8 +123,7 @@ def test_a_step_is_the_written_out_one(data, tmp_path):
     """Loss, z-loss, clipping and AdamW, each as its formula says, from the same windows."""
     config = run_config(data, steps=1, z_loss=0.1, grad_clip=0.05, weight_decay=0.01, warmup=1.0)
     run = train(config, tmp_path / "run", ALONE)
-    torch.manual_seed(config.seed)
-    model = ParaRNNForCausalLM(TINY)
+    model = new_model(config.seed)
     ids, reset = Windows(run.data.split("train"), 24, config.seed).draw(2)
     assert reset is not None and bool(reset.any())
     logits = model(ids, reset=reset).logits[:, :-1]
@@ -330,14 +334,14 @@ def test_two_processes_equal_one_and_resume_as_one_or_two(data, tmp_path):
 
 
 def test_a_non_finite_loss_names_layer_and_step_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):
-    update = training._update
+    update = Run.update
 
-    def poisoned(run, interrupt):
+    def poisoned(run, batch, rate):
         if run.step == 3:
             run.model.get_parameter("model.layers.1.mixer.norm.weight").data[5] = math.nan
-        return update(run, interrupt)
+        return update(run, batch, rate)
 
-    monkeypatch.setattr(training, "_update", poisoned)
+    monkeypatch.setattr(Run, "update", poisoned)
     words = r"loss is nan at step 4, first in the output of model\.layers\.1\.mixer\.norm; the checkpoint .*step-000002 is kept"
     with pytest.raises(DivergedError, match=words):
         train(run_config(data, checkpoint_every=2), tmp_path / "run", ALONE)
@@ -502,20 +506,31 @@ def test_an_unknown_device_is_explained():
     assert main(["train", "demo", "--device", "abacus"]) == 2
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_blocks_are_compiled_once_and_computed_the_same(checkpointed, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+def test_blocks_are_compiled_once_and_computed_the_same(checkpointed, bf16, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     counters.clear()
-    ids = torch.randint(0, 256, (2, 24))
+    ids, reset = torch.randint(0, 256, (2, 24)), torch.rand(2, 24) < 0.1
     gradients = []
     for compiled in (False, True):
-        torch.manual_seed(0)
-        model = ParaRNNForCausalLM(TINY)
-        place(model, ALONE, bf16=False, compiled=compiled, checkpointed=checkpointed)
-        model(ids, labels=ids).loss.backward()
+        model = build_model(TINY)
+        place(model, ALONE, seed=0, bf16=bf16, compiled=compiled, checkpointed=checkpointed)
+        with precision(ALONE, bf16):
+            loss = model(ids, labels=ids, reset=reset).loss
+        loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
-    assert counters["frames"]["ok"] == 1  # one graph for both blocks
+    assert counters["frames"]["ok"] == len(graphs) == 1  # one graph for both blocks
     assert not counters["graph_break"]
+    assert [n.target for n in graphs[0].graph.nodes if "parashoot" in str(n.target)] == [
+        torch.ops.parashoot.scan.default
+    ]
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)

@@ -30,12 +30,15 @@ def place(tmp_path, monkeypatch) -> Path:
     shutil.copytree(ROOT / "docs", "docs")
     shutil.copy(ROOT / "README.md", "README.md")
     Path("recipes").mkdir()
-    (small,) = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)
-    given = {Path("small.json"): small} | {Path("recipes") / p.name: p.read_text() for p in ROOT.glob("recipes/*.json")}
+    small, large = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)
+    given = {Path("small.json"): small, Path("7b.json"): large} | {
+        Path("recipes") / p.name: p.read_text() for p in ROOT.glob("recipes/*.json")
+    }
     for path, text in given.items():
         config = json.loads(text)
-        heads = {"head_dim": 8} if "head_dim" in config["model"] else {}
-        path.write_text(json.dumps({**config, **SMALL, "model": {**config["model"], **TINY, **heads}}))
+        model = {"vocab_size": 500} if config["model"] == "7B" else config["model"]
+        heads = {"head_dim": 8} if "head_dim" in model else {}
+        path.write_text(json.dumps({**config, **SMALL, "model": {**model, **TINY, **heads}}))
     rows = [{"text": f"{k} and {k} are {2 * k}. " * 5} for k in range(300)]
     Path("corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: rows))
@@ -55,6 +58,7 @@ def test_every_command_runs(place, capsys):
         "small",
         "shorter",
         "two",
+        "7b",
         "enwik8-paragru",
         "enwik8-paralstm",
         "enwik8-transformer",

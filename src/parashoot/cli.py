@@ -260,8 +260,8 @@ def _eval(options: argparse.Namespace) -> int:
     from .lm.data import open_data
     from .lm.evaluate import evaluate, perplexity
     from .lm.processes import Processes, choose_device, precision
-    from .lm.train import uses_bf16
     from .lm.train_config import TrainConfig
+    from .lm.update import uses_bf16
 
     for flag in ("streams", "window"):
         if getattr(options, flag) < 1:

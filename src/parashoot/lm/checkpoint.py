@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import AutoModelForCausalLM
 
 from ..errors import CheckpointError, bad_value
-from .models import build_model, model_config
+from .models import build_model, materialized, model_config
 from .processes import Processes
 
 FACTS, LATEST = "checkpoint.json", "latest"
@@ -138,10 +138,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Any:
         return AutoModelForCausalLM.from_pretrained(path).to(device).eval()  # type: ignore[arg-type]
     path = find(path)
     model = build_model(model_config(facts(path)["config"]["model"]))
+    list(materialized(model, torch.device(device), None))
     weights = get_model_state_dict(model)
     _read({"model": weights}, path, Processes(0, 1, torch.device("cpu")))
     set_model_state_dict(model, weights)
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _random(group: Processes) -> dict[str, Tensor]:

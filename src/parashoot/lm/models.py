@@ -6,13 +6,16 @@ A model maps `model(input_ids, labels=..., reset=...)` to an output with `loss` 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import bad_type, bad_value
 from .config import ParaRNNConfig
 from .model import ParaRNNForCausalLM
+from .order import mix
 
 MODELS: dict[str, tuple[Any, Any]] = {"pararnn": (ParaRNNConfig, ParaRNNForCausalLM)}
 """model_type -> (the class of its configuration, the class of the model)."""
@@ -31,14 +34,36 @@ def model_config(values: Any) -> Any:
     return MODELS[kind][0].from_dict(values)
 
 
-def build_model(config: Any) -> nn.Module:
-    """A new model of `config`, its weights drawn from PyTorch's generator."""
-    return MODELS[config.model_type][1](config)
+def build_model(config: Any) -> Any:
+    """A new model of `config` on the meta device: shapes without storage, which `materialized` gives to it."""
+    with torch.device("meta"):
+        return MODELS[config.model_type][1](config)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The residual blocks, which are compiled, checkpointed and sharded one by one."""
     return list(model.get_submodule("model.layers").children())
+
+
+def materialized(model: Any, device: torch.device, seed: int | None) -> Iterator[nn.Module]:
+    """Give `model` storage on `device` and draw its weights, part by part; yield each block, and last the model, when its own are there.
+
+    Weights depend on `seed` and the kind of device alone, and PyTorch's generators stay as they were. For `seed` None the weights
+    are left to be loaded.
+    """
+    found = [list(block.modules()) for block in blocks(model)]
+    inside = {module for part in found for module in part}
+    for number, part in enumerate([*found, [module for module in model.modules() if module not in inside]]):
+        for module in part:
+            module.to_empty(device=device, recurse=False)
+        if part[0] is model:
+            model.tie_weights()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(mix(seed or 0, number))
+            for module in reversed(part):  # children first
+                if seed is not None or module._non_persistent_buffers_set:  # which no checkpoint holds
+                    model._init_weights(module)
+        yield part[0]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import bad_value
-from .models import blocks
+from .models import blocks, materialized
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,14 @@ class Processes:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on one of them; no GPU takes part."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found)
+        return bool(found)
 
     def gather(self, value: Any) -> list[Any]:
         """Each process's `value`, on each."""
@@ -82,28 +90,33 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def place(model: nn.Module, group: Processes, *, bf16: bool, compiled: bool, checkpointed: bool) -> None:
-    """Move `model`, whose weights are the same on each process, to the device, each block compiled, checkpointed and sharded.
+def place(
+    model: nn.Module, group: Processes, *, seed: int | None, bf16: bool, compiled: bool, checkpointed: bool
+) -> None:
+    """Bring `model` from the meta device to this process's, part by part: drawn, compiled, checkpointed, sharded.
 
-    Several processes hold a part of each float32 weight (FSDP2), gather it as bfloat16 where `bf16`, and sum gradients in float32.
+    Several processes hold a share of each float32 weight (FSDP2), gather it as bfloat16 where `bf16`, and sum gradients in float32.
+    No process ever holds more than its share of the model and one part as a whole.
     """
+    sharded: dict[str, Any] = {}
+    if group.size > 1:
+        sharded["mesh"] = init_device_mesh(group.device.type, (group.size,))
+        sharded["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32)
     for block in blocks(model):
         if compiled:
             block.forward = torch.compile(block.forward)
         if checkpointed:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    if group.size == 1:
-        model.to(group.device)
-        return
-    mesh = init_device_mesh(group.device.type, (group.size,))
-    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32)
-    for module in (*blocks(model), model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "token_losses")
+    for part in materialized(model, group.device, seed):
+        if sharded:
+            fully_shard(part, **sharded)
+    if sharded:
+        register_fsdp_forward_method(model, "token_losses")
 
 
 def precision(group: Processes, bf16: bool) -> contextlib.AbstractContextManager[Any]:
     """What forward passes run under: bfloat16 autocast on one process; several have it from `place`."""
     if bf16 and group.size == 1:
-        return torch.autocast(group.device.type, torch.bfloat16)
+        # A pass reads each weight once: a cache would only keep all copies until it ends.
+        return torch.autocast(group.device.type, torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()

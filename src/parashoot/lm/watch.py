@@ -37,7 +37,6 @@ def _recorded(infos: list[ScanInfo], *arguments: Any, **options: Any) -> tuple[T
     return y, h_n
 
 
-@torch.no_grad()
 def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
     """The name of the first module to give a number that is not finite while `run` runs `model`; None: none does."""
     found: list[str] = []
