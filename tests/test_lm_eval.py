@@ -90,9 +90,13 @@ def encoder(saved: Path) -> Any:
     return lambda text: inner.encode(text).ids
 
 
-def results(saved: Path, tasks: Path, batch_size: int, window: int = 1024) -> Any:
-    import parashoot.lm.lm_eval  # noqa: F401  registers the type
+def kind() -> Any:
+    """The class under test, whose import registers it."""
+    return importlib.import_module("parashoot.lm.lm_eval").ParashootLM
 
+
+def results(saved: Path, tasks: Path, batch_size: int, window: int = 1024) -> Any:
+    kind()
     manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=str(tasks), include_defaults=False)
     return lm_eval.simple_evaluate(
         model="parashoot", model_args={"pretrained": str(saved), "window": window}, batch_size=batch_size, device="cpu",
@@ -142,14 +146,12 @@ def test_generation_is_greedy_and_ends_where_the_task_says(saved, tasks, oracle)
 
 
 def test_a_continuation_that_is_the_likeliest_is_known_as_such(saved, oracle):
-    from parashoot.lm.lm_eval import ParashootLM
-
     given = encoder(saved)("a b")
     likeliest: list[int] = []
     for _ in range(5):
         likeliest.append(oracle([*given, *likeliest], [0])[1][0])
     other = [*likeliest[:-1], (likeliest[-1] + 1) % 256]
-    model = ParashootLM(str(saved), batch_size="2", window=3)
+    model = kind()(str(saved), batch_size="2", window=3)
     requests = [(None, given, tokens) for tokens in (likeliest, other, likeliest[:1])]
     values, greedy = zip(*model._loglikelihood_tokens(requests, disable_tqdm=True), strict=True)
     assert greedy == (True, False, True)
@@ -182,11 +184,9 @@ def test_the_documented_tasks_exist():
 
 
 def test_misuse_is_explained(saved, tmp_path):
-    from parashoot.lm.lm_eval import ParashootLM
-
     with pytest.raises(ArgumentError, match="batch_size"):
-        ParashootLM(str(saved), batch_size="auto")
+        kind()(str(saved), batch_size="auto")
     with pytest.raises(ArgumentError, match="window"):
-        ParashootLM(str(saved), window=0)
+        kind()(str(saved), window=0)
     with pytest.raises(ArgumentError, match="directory of a run"):
-        ParashootLM(str(tmp_path / "none"))
+        kind()(str(tmp_path / "none"))

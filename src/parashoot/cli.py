@@ -279,7 +279,7 @@ def _eval(options: argparse.Namespace) -> int:
             "--data", "none", "a directory that parashoot data wrote", f"'{path}' does not say what it trained on."
         )
     model = checkpoint.load_model(path, group.device)
-    tokens = open_data(options.data or run.data).fitting(model.config.vocab_size).split(options.split)
+    tokens = open_data(options.data or (run and run.data)).fitting(model.config.vocab_size).split(options.split)
     if len(tokens) < 2:
         bad_value("--split", f"{len(tokens)} tokens ({tokens.name})", "at least 2 to predict one")
     lower = precision(group, run is not None and uses_bf16(run, group))
