@@ -51,9 +51,13 @@ def test_every_command_runs(place, capsys):
     pytest.importorskip("tokenizers")
     assert len(COMMANDS) > 15
     for line in COMMANDS:
-        words = shlex.split(line.replace("--steps 200", "--steps 2"))
+        words = shlex.split(line.replace("--steps 200", "--steps 2").replace("step-000300", "step-000003"))
+        if "parashoot.lm.lm_eval" in words:  # its tasks come from the network: test_lm_eval.py
+            continue
         arguments = words[1:] if words[0] == "parashoot" else words[words.index("parashoot") + 1 :]
         assert main(arguments) == 0, (line, capsys.readouterr().err)
+    for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+        exec(block, {})
     assert {p.name for p in (place / "runs").iterdir()} == {
         "small",
         "shorter",

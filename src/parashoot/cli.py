@@ -1,4 +1,4 @@
-"""The command line: `parashoot data`, `train`, `eval`, `generate`, `verify`, `explain`, `bench`. What a command needs is imported when it runs."""
+"""The command line: `parashoot data`, `train`, `eval`, `generate`, `export`, `verify`, `explain`, `bench`. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="bits per byte and perplexity of a split", description=_eval.__doc__)
     evaluate.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="the directory of a run or of one of its checkpoints"
+        "checkpoint", metavar="CHECKPOINT", help="the directory of a run, one of its checkpoints, or a saved model"
     )
-    evaluate.add_argument("--data", metavar="DIR", help="what parashoot data wrote (default: what it trained on)")
+    evaluate.add_argument("--data", metavar="DIR", help="what parashoot data wrote (default: what the run trained on)")
     evaluate.add_argument("--split", default="test", metavar="NAME", help="train, validation or test (default: test)")
     evaluate.add_argument("--streams", type=int, default=8, metavar="N", help="pieces read side by side (default: 8)")
     evaluate.add_argument("--window", type=int, default=1024, metavar="N", help="tokens a pass (default: 1024)")
@@ -119,6 +119,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, metavar="N")
     generate.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     generate.set_defaults(run=_generate)
+
+    export = commands.add_parser(
+        "export", help="write a checkpoint as a Hugging Face model", description=_export.__doc__
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="the directory of a run or of one of its checkpoints")
+    export.add_argument("out", metavar="OUT", help="a new directory for the model")
+    export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default: fp32)")
+    export.set_defaults(run=_export)
 
     cell = "a shipped name, module:attribute, or path/to/file.py:attribute"
     verify = commands.add_parser("verify", help="check a cell against the for-loop", description=_verify.__doc__)
@@ -268,14 +276,19 @@ def _eval(options: argparse.Namespace) -> int:
             bad_value(f"--{flag}", str(getattr(options, flag)), "an integer >= 1")
     if options.lengths is not None and options.lengths < 0:
         bad_value("--lengths", str(options.lengths), "an integer >= 1")
-    path = checkpoint.find(options.checkpoint)
-    config = TrainConfig.from_dict(checkpoint.facts(path)["config"])
-    tokens = open_data(options.data or config.data).fitting(config.model.vocab_size).split(options.split)
+    group, path, run = Processes(0, 1, choose_device(options.device)), Path(options.checkpoint), None
+    if not (path / "config.json").is_file():
+        path = checkpoint.find(path)
+        run = TrainConfig.from_dict(checkpoint.facts(path)["config"])
+    elif not options.data:
+        bad_value(
+            "--data", "none", "a directory that parashoot data wrote", f"'{path}' does not say what it trained on."
+        )
+    model = checkpoint.load_model(path, group.device)
+    tokens = open_data(options.data or (run and run.data)).fitting(model.config.vocab_size).split(options.split)
     if len(tokens) < 2:
         bad_value("--split", f"{len(tokens)} tokens ({tokens.name})", "at least 2 to predict one")
-    group = Processes(0, 1, choose_device(options.device))
-    model = checkpoint.load_model(path, group.device)
-    lower = precision(group, uses_bf16(config, group))
+    lower = precision(group, run is not None and uses_bf16(run, group))
     how = {"batch": options.streams, "window": options.window, "context": options.context, "lower": lower}
     found = evaluate(model, tokens, **how)
     print(f"{path}: {found.scored:,} tokens of {tokens.name}")
@@ -283,9 +296,10 @@ def _eval(options: argparse.Namespace) -> int:
         f"bits per byte  {found.bits_per_byte:.4f}\nperplexity     {found.perplexity:.4f}\nloss           {found.loss:.4f}"
     )
     if options.lengths is not None:
-        stream = options.lengths or 8 * config.sequence_length
+        stream = options.lengths or 8 * (run.sequence_length if run else options.window)
         found = evaluate(model, tokens, stream=stream, **how)
-        print(f"\nLoss by position in pieces of {stream:,} tokens (trained on {config.sequence_length:,}):")
+        trained = f" (trained on {run.sequence_length:,})" if run else ""
+        print(f"\nLoss by position in pieces of {stream:,} tokens{trained}:")
         print(f"{'position':>17} {'tokens':>12} {'loss':>8} {'perplexity':>11}")
         for first, last, count, nats in found.by_position:
             loss = nats / count
@@ -298,17 +312,16 @@ def _generate(options: argparse.Namespace) -> int:
     import torch
 
     from .lm import checkpoint
-    from .lm.data import TOKENIZER
+    from .lm.export import tokenizer_file
     from .lm.generate import generate, generate_text
     from .lm.processes import choose_device
     from .lm.tokenizer import read_tokenizer
 
     model = checkpoint.load_model(options.checkpoint, choose_device(options.device))
-    home = Path(options.checkpoint)
-    path = (home.parent if (home / checkpoint.FACTS).is_file() else home) / TOKENIZER  # a run's checkpoints share one
+    path = tokenizer_file(options.checkpoint)
     sampling = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
     print(options.prompt, end="", flush=True)
-    if path.exists():
+    if path is not None:
         tokenizer = read_tokenizer(path)
         ids = tokenizer.encode(options.prompt, add_special_tokens=False).ids
         print(tokenizer.decode(generate(model, torch.tensor(ids), options.tokens, **sampling)))
@@ -316,6 +329,16 @@ def _generate(options: argparse.Namespace) -> int:
         show = lambda piece: print(piece, end="", flush=True)
         generate_text(model, options.prompt, options.tokens, on_text=show, **sampling)
         print()
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    """Write a checkpoint as a directory that transformers loads after `import parashoot.lm`: configuration, weights, tokenizer."""
+    from .lm.export import export
+
+    model = export(options.checkpoint, options.out, options.dtype)
+    print(f"{options.out}: {model.num_parameters():,} parameters, {options.dtype}. After `import parashoot.lm`:")
+    print(f'  AutoModelForCausalLM.from_pretrained("{options.out}"), AutoTokenizer.from_pretrained("{options.out}")')
     return 0
 
 

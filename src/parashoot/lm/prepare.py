@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,17 +28,26 @@ def prepare(directory: Path, source: Source, tokenizer: Bytes | Subwords, *, sha
 
     Raises `ArgumentError` if the directory is there and not empty, or if the source has no text to train on.
     """
+    with new_directory(directory) as beside:
+        return _write(beside, source, tokenizer, shard)
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A directory beside `directory` to write to, which takes its place if nothing goes wrong and is removed otherwise.
+
+    Raises `ArgumentError` if `directory` is there and not empty.
+    """
     check_new(directory)
     beside = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
     beside.mkdir(parents=True)
     try:
-        index = _write(beside, source, tokenizer, shard)
+        yield beside
         if directory.exists():
             directory.rmdir()
         os.replace(beside, directory)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return index
 
 
 def check_new(directory: Path) -> None:

@@ -1,0 +1,70 @@
+"""`parashoot export`: a checkpoint as a directory that transformers loads, with the tokenizer that its text needs."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from ..errors import bad_value, needs
+from .checkpoint import FACTS, load_model
+from .data import TOKENIZER
+from .prepare import check_new, new_directory
+from .tokenizer import EOT, read_tokenizer
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export(checkpoint: str | Path, directory: str | Path, precision: str = "fp32") -> Any:
+    """Write the model of a checkpoint, of a run's latest one or of a saved directory to a new `directory`; returns the model.
+
+    `AutoModelForCausalLM` and `AutoTokenizer` load it after `import parashoot.lm`. Weights are stored as `precision`, "fp32" or
+    "bf16". The token that begins documents becomes `bos_token_id` and `eos_token_id` where the configuration names none. Raises
+    `ArgumentError`.
+    """
+    if precision not in PRECISIONS:
+        bad_value("dtype", repr(precision), f"one of {', '.join(PRECISIONS)}")
+    check_new(Path(directory))
+    model = load_model(checkpoint)
+    tokenizer, config = text_tokenizer(checkpoint, model.config), model.config
+    if config.eos_token_id is None and tokenizer.eos_token_id is not None:
+        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config = GenerationConfig.from_model_config(config)
+    with new_directory(Path(directory)) as beside:
+        model.to(PRECISIONS[precision]).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+    return model
+
+
+def tokenizer_file(checkpoint: str | Path) -> Path | None:
+    """The `tokenizer.json` of a run, of one of its checkpoints or of a saved directory; None where tokens are bytes."""
+    home = Path(checkpoint)
+    path = (home.parent if (home / FACTS).is_file() else home) / TOKENIZER  # a run's checkpoints share one
+    return path if path.exists() else None
+
+
+def text_tokenizer(checkpoint: str | Path, config: Any) -> Any:
+    """The tokenizer of the model at `checkpoint` as one of transformers; `config` is the model's. Raises `ArgumentError`."""
+    path = tokenizer_file(checkpoint)
+    if path is not None and (path.parent / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(path.parent)
+    inner, eos = byte_tokenizer() if path is None else read_tokenizer(path), config.eos_token_id
+    if path is not None and eos is None:
+        eos = inner.token_to_id(EOT)
+    name = None if eos is None or path is None else inner.id_to_token(eos)
+    names = {} if name is None else {"bos_token": name, "eos_token": name}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **names)
+
+
+def byte_tokenizer() -> Any:
+    """A `tokenizers.Tokenizer` whose tokens are the bytes of UTF-8, each its own number; broken ones are decoded as U+FFFD."""
+    library = needs("a tokenizer of bytes", "data", "tokenizers")
+    printed, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, count(256)
+    names = {chr(b if b in printed else next(others)): b for b in range(256)}  # how ByteLevel writes each byte
+    tokenizer = library.Tokenizer(library.models.BPE(vocab=names, merges=[]))
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    return tokenizer
