@@ -5,7 +5,7 @@ from __future__ import annotations
 import doctest
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,11 @@ def build(name: str, length: int = 40, seed: int = 0, **options: Any) -> Samples
     return TASKS[name].build(seed, length=length, **{**SMALL.get(name, {}), **options})
 
 
-def in_words(samples: Samples, count: int) -> list[tuple[list[str], list[str | None]]]:
+def in_words(samples: Samples, count: int) -> Iterator[tuple[list[str], list[str | None]]]:
     known, answers = samples.words
     inputs, targets = samples.arrays(0, count)
-    answer = lambda t: None if t == IGNORED else answers[t]
-    return [([known[i] for i in x], [answer(t) for t in y]) for x, y in zip(inputs, targets, strict=True)]
+    for x, y in zip(inputs.tolist(), targets.tolist(), strict=True):
+        yield [known[i] for i in x], [None if t == IGNORED else answers[t] for t in y]
 
 
 def keep_nth(x: list[str], n: int = 5) -> list[str | None]:

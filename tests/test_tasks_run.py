@@ -158,6 +158,8 @@ def test_the_suites_are_well_formed():
         ({"task": "fly", "model": "cell:gru"}, "task: got 'fly'; expected one of keep_nth"),
         ({"task": "parity", "models": []}, "models: got []; expected a list"),
         ({"task": "parity", "model": "gru"}, "model: got 'gru'; expected 'cell:CELL'"),
+        ({"task": "parity", "model": "cell:gruu"}, "model: got 'gruu'; expected one of elman"),
+        ({"task": "parity", "model": "torch:slstm"}, "model: got 'torch:slstm'"),
         ({"task": "parity", "model": "cell:gru", "lenght": 3}, "unknown field 'lenght'"),
         ({"task": "parity"}, "no model"),
         ({"task": "parity", "model": "cell:gru", "steps": 0}, "steps: got 0"),

@@ -81,7 +81,13 @@ def brackets(
     return x, np.where(np.arange(length) == ends[:, None], value[:, :1], IGNORED)
 
 
-@task(lambda kinds, depth: 2 * ([*(f"({k}" for k in range(kinds)), *(f"){k}" for k in range(kinds))],))
+def bracket_words(kinds: int, depth: int) -> Words:
+    """Opening and closing brackets, as inputs and as targets."""
+    words = [side + str(k) for side in "()" for k in range(kinds)]
+    return words, words
+
+
+@task(bracket_words)
 def dyck(draw: Draw, length: int, kinds: int = 8, depth: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """Which bracket closes next? Asked before each closing bracket of well-nested brackets of several kinds, of bounded depth.
 

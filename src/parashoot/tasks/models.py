@@ -37,6 +37,16 @@ class Bare(nn.Module):
         return [self.rnn] if isinstance(self.rnn, RNN) else []
 
 
+def parts(name: str) -> tuple[str, str]:
+    """The kind of a model and its cell. Raises `ArgumentError` and `ArgumentTypeError` if there is no such model."""
+    kind, _, cell = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if kind not in ("cell", "block", "torch") or (kind == "torch" and cell not in TORCH):
+        bad_value("model", repr(name), FORMS)
+    if kind != "torch" and (kind, cell) != ("block", "attention"):
+        find_cell(cell, argument="model")
+    return kind, cell
+
+
 def build_model(
     name: str, vocab_size: int, *, hidden_size: int, num_layers: int, num_heads: int, recurrent_clip: float | None,
     solver: str,
@@ -47,7 +57,7 @@ def build_model(
     - "block:CELL": a `ParaRNNForCausalLM` of `num_layers` blocks; "block:attention": its blocks with attention.
     - `solver`: "parallel" in time, as the library decides, or "sequential", the loop.
     """
-    kind, _, cell = name.partition(":")
+    kind, cell = parts(name)
     model: Any
     if kind == "block":
         which: dict[str, Any] = {"mixer": "attention"} if cell == "attention" else {"cell": cell}
@@ -58,14 +68,12 @@ def build_model(
         )
     elif kind == "cell":
         rnn = RNN(
-            find_cell(cell, argument="model"), hidden_size, hidden_size, num_layers, num_heads=num_heads,
+            find_cell(cell), hidden_size, hidden_size, num_layers, num_heads=num_heads,
             recurrent_clip=recurrent_clip,
         )  # fmt: skip
         model = Bare(rnn, vocab_size, hidden_size)
-    elif kind == "torch" and cell in TORCH:
-        model = Bare(TORCH[cell](hidden_size, hidden_size, num_layers, batch_first=True), vocab_size, hidden_size)
     else:
-        bad_value("model", repr(name), FORMS)
+        model = Bare(TORCH[cell](hidden_size, hidden_size, num_layers, batch_first=True), vocab_size, hidden_size)
     for layer in model.recurrent_layers():
         layer.solver = SOLVERS[solver]
     return model

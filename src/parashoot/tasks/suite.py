@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import bad_type, bad_value
 from ..lm.config import checked_names, is_count
-from .models import FORMS, SOLVERS
+from .models import SOLVERS, parts
 from .task import Samples, find_task
 
 COUNTS = ("length", "steps", "validate_every", "batch_size", "validation_samples", "test_samples", "hidden_size", "num_layers", "num_heads")  # fmt: skip
@@ -80,8 +80,7 @@ class Trial:
         object.__setattr__(self, "options", self.options or {})
         if self.solver not in SOLVERS:
             bad_value("solver", repr(self.solver), f"one of {', '.join(SOLVERS)}")
-        if not isinstance(self.model, str) or self.model.partition(":")[0] not in ("cell", "block", "torch"):
-            bad_value("model", repr(self.model), FORMS)
+        parts(self.model)
         object.__setattr__(self, "test_lengths", list(self.test_lengths))
         self.samples("train", self.length)
         for length in self.test_lengths:
