@@ -23,7 +23,7 @@ def build(name: str, length: int = 40, seed: int = 0, **options: Any) -> Samples
     return TASKS[name].build(seed, length=length, **{**SMALL.get(name, {}), **options})
 
 
-def in_words(samples: Samples, count: int) -> Iterator[tuple[list[str], list[str | None]]]:
+def in_words(samples: Samples, count: int) -> Iterator[tuple[list, list]]:
     known, answers = samples.words
     inputs, targets = samples.arrays(0, count)
     for x, y in zip(inputs.tolist(), targets.tolist(), strict=True):
