@@ -1,4 +1,4 @@
-"""The command line: `parashoot data`, `train`, `eval`, `generate`, `export`, `verify`, `explain`, `bench`. What a command needs is imported when it runs."""
+"""The command line: `parashoot data`, `train`, `eval`, `generate`, `export`, `verify`, `explain`, `bench`, `tasks`. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -166,6 +166,11 @@ def _parser() -> argparse.ArgumentParser:
         "--readme", default="README.md", metavar="FILE", help="where --render puts them (default: README.md)"
     )
     bench.set_defaults(run=_bench)
+
+    from .tasks.command import add_arguments
+
+    tasks = commands.add_parser("tasks", help="synthetic tasks: show them, and train small models on them")
+    add_arguments(tasks)
     return parser
 
 

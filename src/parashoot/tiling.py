@@ -60,7 +60,14 @@ _ELEMENTS = 512  # carries that a multiprocessor advances at once: enough loads 
 
 
 def choose(
-    batch: int, time: int, channels: int, itemsize: int, slots: int, instructions: int, processors: int, chunk_length: int | None
+    batch: int,
+    time: int,
+    channels: int,
+    itemsize: int,
+    slots: int,
+    instructions: int,
+    processors: int,
+    chunk_length: int | None,
 ) -> tuple[Tiling, tuple[str, ...]]:
     """The tiling for x (B, T, G, C) of numbers of `itemsize` bytes on a device of so many multiprocessors, and the reasons.
 

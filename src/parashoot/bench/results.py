@@ -32,12 +32,12 @@ AXES = {
 }
 
 
-def facts(device: torch.device, bandwidth: float, commit: str | None) -> Row:
-    """Commit, card, versions and copy bandwidth, the same for all rows of a run."""
+def facts(device: torch.device, commit: str | None = None) -> Row:
+    """Commit, card and versions, the same for all rows of a run."""
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     versions = {"torch": torch.__version__, "python": platform.python_version(), "triton": version("triton")}
-    return {"device": card, "copy_gb_s": bandwidth / 1e9, "commit": commit or _commit(), "versions": versions}
+    return {"device": card, "commit": commit or _commit(), "versions": versions}
 
 
 def version(package: str) -> str:
@@ -76,7 +76,7 @@ def render(path: Path, readme: Path) -> int:
     if not (start and end):
         bad_value("--readme", f"'{readme}'", f"a file with the lines {START} and {END} where the tables shall stand")
     parts = [tables(rows), LEGEND]
-    for (name,), of_suite in _groups(rows, "suite").items():
+    for (name,), of_suite in groups(rows, "suite").items():
         image = path.parent / f"{name}.png"
         if name in AXES and plot(of_suite, name, image):
             parts.append(f"![{SUITES[name].about}]({Path(os.path.relpath(image, readme.parent)).as_posix()})")
@@ -88,7 +88,7 @@ def render(path: Path, readme: Path) -> int:
 def tables(rows: Sequence[Row]) -> str:
     """For each suite and device a table, under what it ran on, and the names of those that did not run."""
     parts = []
-    for (name, device), there in _groups(rows, "suite", "device").items():
+    for (name, device), there in groups(rows, "suite", "device").items():
         ran, skipped = ([r for r in there if (r["status"] == "skipped") == bad] for bad in (False, True))
         commit = f"commit {' and '.join(dict.fromkeys(r['commit'] for r in there))}"
         versions = [f"{k} {v}" for k, v in there[-1]["versions"].items() if v]
@@ -96,7 +96,7 @@ def tables(rows: Sequence[Row]) -> str:
         ground = [device, commit, *versions, *packages, f"copies at {there[-1]['copy_gb_s']:.0f} GB/s"]
         parts += [f"**{name}**: {SUITES[name].about}. {', '.join(ground)}.", _table(ran)]
         if skipped:
-            reasons = (f"{contestant}: {reason}" for contestant, reason in _groups(skipped, "contestant", "reason"))
+            reasons = (f"{contestant}: {reason}" for contestant, reason in groups(skipped, "contestant", "reason"))
             parts.append(f"Not run: {'; '.join(reasons)}.")
     return "\n\n".join(parts)
 
@@ -109,10 +109,17 @@ def _table(rows: Sequence[Row]) -> str:
         compared = r["contestant"] != OURS and r["status"] == "ok" and r["case"] in ours
         ratio = f"{total(r) / ours[r['case']]:.2f}x" if compared else ""
         lines.append([r["case"], r["contestant"], *figures(r), ratio])
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table of Markdown, its head in the first line: two columns of words, the rest figures."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * w if k < 2 else "-" * (w - 1) + ":" for k, w in enumerate(widths)])
+    rule = ["-" * w if k < 2 else "-" * (w - 1) + ":" for k, w in enumerate(widths)]
     aligned = lambda k, text: f"{text:{'<' if k < 2 else '>'}{widths[k]}}"
-    return "\n".join(f"| {' | '.join(aligned(k, text) for k, text in enumerate(line))} |" for line in lines)
+    return "\n".join(
+        f"| {' | '.join(aligned(k, text) for k, text in enumerate(line))} |" for line in (lines[0], rule, *lines[1:])
+    )
 
 
 def figures(row: Row) -> list[str]:
@@ -139,7 +146,7 @@ def plot(rows: Sequence[Row], axis: str, path: Path) -> bool:
     right = sorted((r for r in rows if r["status"] == "ok"), key=at)
     for index, (axes, direction) in enumerate(zip(panels, ("forward", "backward"), strict=True)):
         shown = [r for r in right if f"{direction}_us" in r]
-        for (contestant,), line in _groups(shown, "contestant").items():
+        for (contestant,), line in groups(shown, "contestant").items():
             x, (low, middle, high) = [at(r) for r in line], zip(*(r[f"{direction}_us"] for r in line), strict=True)
             axes.plot(x, middle, "o-", markersize=3, label=contestant)
             axes.fill_between(x, low, high, alpha=0.2)
@@ -151,8 +158,9 @@ def plot(rows: Sequence[Row], axis: str, path: Path) -> bool:
     return True
 
 
-def _groups(rows: Sequence[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
-    found: dict[tuple[str, ...], list[Row]] = {}
+def groups(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by their values of some keys, in order of first appearance."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[key] for key in keys), []).append(row)
     return found

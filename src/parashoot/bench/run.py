@@ -113,7 +113,7 @@ def run(
     place, begun = torch.device(_find({k: k for k in kinds}, device or kinds[-1], "--device")), time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     deadline, bandwidth = begun + 60 * minutes, copy_bandwidth(place)
-    facts = results.facts(place, bandwidth, commit)
+    facts = {**results.facts(place, commit), "copy_gb_s": bandwidth / 1e9}
     print(f"{facts['device']}, commit {facts['commit']}, copies at {facts['copy_gb_s']:.0f} GB/s", flush=True)
     plan = [(name, case, only or suite.contestants) for name, suite in suites.items() for case in suite.cases]
     written, interrupted = [], False

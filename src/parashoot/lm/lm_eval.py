@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..errors import bad_value, needs
+from .cache import Cache
 from .checkpoint import load_model
 from .export import text_tokenizer
-from .cache import Cache
 from .processes import choose_device
 
 needs("evaluation on lm-eval's tasks", "lm-eval", "lm_eval")

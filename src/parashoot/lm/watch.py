@@ -9,31 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..scan import ScanInfo, scan
+from ..cell import Cell
+from ..diagnostics import lyapunov_exponents
+from ..scan import scan
 
 
 @torch.no_grad()
-def solver_statistics(model: Any, ids: Tensor, reset: Tensor | None) -> list[dict[str, float]]:
-    """For each recurrent layer, on the batch ids (B, T): sweeps of the slowest sequence and on average, and the final defect."""
-    infos: list[ScanInfo] = []
+def solver_statistics(
+    model: Any, ids: Tensor, reset: Tensor | None, *, exponents: bool = False
+) -> list[dict[str, float]]:
+    """For each recurrent layer, on the batch ids (B, T): sweeps of the slowest sequence and on average, and the final defect.
+
+    With `exponents` also the largest Lyapunov exponent, which takes a loop over time.
+    """
+    found: list[dict[str, float]] = []
     layers = model.recurrent_layers()
     if not layers:
         return []
     for layer in layers:
-        layer._scan = partial(_recorded, infos)  # type: ignore[method-assign]
+        layer._scan = partial(_recorded, found, exponents)  # type: ignore[method-assign]
     try:
         with torch.compiler.set_stance("force_eager"):
             model(input_ids=ids, reset=reset, logits_to_keep=1)
     finally:
         for layer in layers:
             del layer._scan
-    names = ("iterations", "iterations_mean", "defect")
-    return [{name: float(getattr(info, name)) for name in names} for info in infos]
+    return found
 
 
-def _recorded(infos: list[ScanInfo], *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    y, h_n, info = scan(*arguments, **options, return_info=True)
-    infos.append(info)
+def _recorded(
+    found: list[dict[str, float]], exponents: bool, cell: Cell, x: Tensor, params: Any, h0: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    y, h_n, info = scan(cell, x, params, h0, **options, return_info=True)
+    facts = {name: float(getattr(info, name)) for name in ("iterations", "iterations_mean", "defect")}
+    found.append(facts | ({"lyapunov": float(lyapunov_exponents(cell, x, params, h0).max())} if exponents else {}))
     return y, h_n
 
 

@@ -138,7 +138,12 @@ def _launch(
     ends = new(batch, made.slots, chunks, channels) if chunks > 1 else facts
     common = given | place | {"starts_ptr": starts, "ends_ptr": ends, "facts_ptr": facts, "C": channels, "tol": tol}
     fast = x.dtype == torch.bfloat16 and x.is_cuda
-    common |= {"width": x.shape[-1], "records": records, "FAST": fast, "WIDE": any(_extent(given[n]) >= 2**31 for n in _FAR & given.keys())}
+    common |= {
+        "width": x.shape[-1],
+        "records": records,
+        "FAST": fast,
+        "WIDE": any(_extent(given[n]) >= 2**31 for n in _FAR & given.keys()),
+    }
     ragged = lambda width, end: place["LO"] > 0 or channels % width != 0 or end != length
     shoot = {
         "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, 16 * tiling.burn),

@@ -1,0 +1,112 @@
+"""What is made of a results file: tables of accuracy and cost, and plots of accuracy against length."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from ..bench.results import Row, groups, markdown
+from .suite import VARIED
+
+LEGEND = (
+    "Accuracy in percent by the metric that the task's source uses: the best of the seeds (their mean), each at the learning rate with its best "
+    "validation score. sweeps, Lyapunov: of the recurrent layer at the end of training, the largest of the seeds."
+)
+
+
+def picked(rows: Sequence[Row]) -> list[Row]:
+    """For each experiment, model and seed the row of the learning rate with the best validation score.
+
+    Rows get the keys "experiment" (all of a trial but what varies inside it), "model" and "seed".
+    """
+    labelled = []
+    for row in rows:
+        trial = row["trial"]
+        kind, _, cell = trial["model"].partition(":")
+        loop = ", loop" if trial["solver"] == "sequential" else ""
+        shared = json.dumps({k: v for k, v in trial.items() if k not in (*VARIED, "solver")}, sort_keys=True)
+        name = f"{kind} {cell.rpartition(':')[2]}{loop}"
+        labelled.append({**row, "experiment": shared, "model": name, "seed": trial["seed"]})
+    best = groups(labelled, "experiment", "model", "seed").values()
+    return [max(of_seed, key=lambda row: row["validation"]) for of_seed in best]
+
+
+def title(row: Row) -> str:
+    """The task, its options and the training length."""
+    trial = row["trial"]
+    options = "".join(f" {k}={v}" for k, v in trial["options"].items())
+    shortest = f"{trial['shortest']}-" if trial["shortest"] else ""
+    return f"{trial['task']}{options}, {shortest}{trial['length']}"
+
+
+def accuracies(rows: Sequence[Row], length: str) -> list[float]:
+    """In percent, at a test length, of each seed that was tested there."""
+    return [100 * row["test"][length][row["metric"]] for row in rows if length in row["test"]]
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Accuracy by task, test length and model; then, for each task and model, what training took."""
+    best = picked(rows)
+    models = list(groups(best, "model"))
+    scores, costs = [["task, trained at", "tested at", *(name for (name,) in models)]], [
+        ["task, trained at", "model", "parameters", "rates", "steps", "seconds", "sweeps", "Lyapunov"]
+    ]  # fmt: skip
+    for of_task in groups(best, "experiment").values():
+        by_model = groups(of_task, "model")
+        for length in of_task[0]["test"]:
+            found = [accuracies(by_model.get(model, []), length) for model in models]
+            scores.append([title(of_task[0]), length, *map(_figure, found)])
+        for (name,), seeds in by_model.items():
+            rates = sorted({row["trial"]["learning_rate"] for row in seeds})
+            solved = [row["curve"][-1]["solver"] for row in seeds if row["curve"] and row["curve"][-1]["solver"]]
+            costs.append([
+                title(seeds[0]), name, f"{seeds[0]['parameters']:,}", " ".join(f"{rate:g}" for rate in rates),
+                f"{mean(row['steps'] for row in seeds):,.0f}", f"{mean(row['seconds'] for row in seeds):.1f}",
+                f"{max(s['iterations'] for s in solved):.0f}" if solved else "",
+                f"{max(s['lyapunov'] for s in solved):.3f}" if solved else "",
+            ])  # fmt: skip
+    return f"{markdown(scores)}\n\n{markdown(costs)}\n\n{LEGEND}"
+
+
+def _figure(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{max(values):.1f}" + (f" ({mean(values):.1f})" if len(values) > 1 else "")
+
+
+def plot(rows: Sequence[Row], path: Path) -> bool:
+    """Accuracy against test length: a panel for each experiment, a line for each model (the best seed; shaded: all seeds), dashed the
+    training length. False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    panels = list(groups(picked(rows), "experiment").values())
+    columns = min(3, len(panels))
+    figure = Figure(figsize=(4.6 * columns, 3.6 * -(-len(panels) // columns)), layout="constrained")
+    grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
+    for axes, of_task in zip(grid, panels, strict=False):
+        for (name,), seeds in groups(of_task, "model").items():
+            found = {int(n): accuracies(seeds, n) for n in sorted(seeds[0]["test"], key=int)}
+            axes.plot(list(found), [max(v) for v in found.values()], "o-", markersize=3, label=name)
+            axes.fill_between(list(found), *([f(v) for v in found.values()] for f in (min, max)), alpha=0.15)
+        axes.axvline(of_task[0]["trial"]["length"], linestyle="--", color="gray", linewidth=0.8)
+        axes.set(
+            title=title(of_task[0]), xlabel="test length", ylabel=f"{of_task[0]['metric']} accuracy, %", ylim=(-3, 103)
+        )
+        axes.legend(fontsize=7)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def render(rows: Sequence[Row], out: Path) -> None:
+    """Print the tables of `rows`, and plot them beside the results file `out`."""
+    image = out.with_suffix(".png")
+    if rows:
+        print(f"\n{tables(rows)}\n")
+        print(f"Plot: {image}" if plot(rows, image) else "Plot: not drawn, matplotlib is not installed.")
+    print(f"Results: {out}, {len(rows)} rows")

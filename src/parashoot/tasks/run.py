@@ -1,0 +1,167 @@
+"""Training: trials one after another, a line of JSON in the results file as each ends; what is there already is not run again."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..bench.results import Row, facts
+from ..errors import bad_value
+from ..lm.order import Permutation
+from ..lm.processes import choose_device
+from ..lm.watch import solver_statistics
+from .models import build_model
+from .suite import Trial
+from .task import Samples, rates, tally
+
+LOGITS = 2**25  # the most that one pass of an evaluation forms
+
+
+def run(trials: Sequence[Trial], out: Path, *, device: str | None = None) -> list[Row]:
+    """Run the trials that the results file `out` lacks, appending to it, and return the rows of all of them.
+
+    A rate is left out where an earlier one of the same task, model and seed has a perfect validation score. Ctrl-C loses the trial that is
+    running, and no other. Raises `ArgumentError`.
+    """
+    place = choose_device(device)
+    found = {_key(row): row for row in read(out)} if out.exists() else {}
+    perfect = {_but_rate(row["trial"]) for row in found.values() if row["validation"] == 1.0}
+    ground = facts(place)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for number, trial in enumerate(trials, 1):
+        without_rate = _but_rate(trial.to_dict())
+        if trial.key in found or without_rate in perfect:
+            continue
+        text = f"[{number}/{len(trials)}] {trial.task} {trial.model} seed {trial.seed} rate {trial.learning_rate:g}"
+        row = {**train(trial, place, text), **ground}
+        _append(out, row)
+        found[trial.key] = row
+        if row["validation"] == 1.0:
+            perfect.add(without_rate)
+    keys = {trial.key for trial in trials}
+    return [row for key, row in found.items() if key in keys]
+
+
+def _key(row: Row) -> str:
+    return json.dumps(row["trial"], sort_keys=True)
+
+
+def _but_rate(trial: dict[str, Any]) -> str:
+    return json.dumps({k: v for k, v in trial.items() if k != "learning_rate"}, sort_keys=True)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a results file; a last line that was cut off is left out. Raises `ArgumentError` for any other."""
+    if not path.is_file():
+        bad_value("FILE", f"'{path}'", "an existing results file", "Write one with: parashoot tasks run --out FILE")
+    rows, lines = [], path.read_text().split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line else None
+            if row is not None:
+                _ = row["trial"]["task"], row["test"], row["validation"]
+                rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                bad_value("FILE", f"'{path}', line {number}", "a row as parashoot tasks run writes it in each line")
+    return rows
+
+
+def _append(path: Path, row: Row) -> None:
+    """Add a row; a line that was cut off before it goes."""
+    text = path.read_bytes() if path.exists() else b""
+    with path.open("ab") as file:
+        file.truncate(text.rfind(b"\n") + 1)
+        file.write(json.dumps(row).encode() + b"\n")
+
+
+def train(trial: Trial, device: torch.device, text: str = "") -> Row:
+    """Train and test one model: its row, with the validation score and how the recurrence was solved as training went on."""
+    torch.manual_seed(trial.seed)
+    data, validation = trial.samples("train", trial.length), trial.samples("validation", trial.length)
+    sizes = {
+        name: getattr(trial, name) for name in ("hidden_size", "num_layers", "num_heads", "recurrent_clip", "solver")
+    }
+    model = build_model(trial.model, data.vocab_size, **sizes).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=trial.learning_rate, weight_decay=trial.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, trial.steps)
+    fixed = None if trial.train_samples is None else [v.to(device) for v in data.batch(0, trial.train_samples)]
+    metric, curve, losses, stopped, score = data.task.metric, [], [], "steps", 0.0
+    begun, measured = time.perf_counter(), 0.0
+    interval = 0.2 if sys.stderr.isatty() else 15.0
+    with tqdm(total=trial.steps, desc=text, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
+        for step in range(1, trial.steps + 1):
+            x, y = _batch(trial, data, fixed, step - 1, device)
+            loss = F.cross_entropy(model(input_ids=x).logits.flatten(0, 1), y.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+            bar.update()
+            if step % trial.validate_every and step < trial.steps:
+                continue
+            since = time.perf_counter()
+            mean, losses = float(torch.stack(losses).mean()), []
+            if not math.isfinite(mean):
+                stopped, score = "diverged", 0.0
+                break
+            score = evaluate(model, validation, trial.validation_samples, device)[metric]
+            curve.append({"step": step, "loss": mean, "validation": score, "solver": _solved(model, x)})
+            bar.set_postfix_str(f"loss {mean:.4f}, {metric} accuracy {score:.4f}")
+            measured += time.perf_counter() - since
+            if score == 1.0:
+                stopped = "perfect"
+                break
+    seconds = time.perf_counter() - begun - measured
+    test = {str(n): evaluate(model, trial.samples("test", n), trial.test_samples, device) for n in trial.test_lengths}
+    return {
+        "trial": trial.to_dict(), "metric": metric, "validation": score, "test": test, "stopped": stopped, "steps": step,
+        "seconds": round(seconds, 3), "parameters": sum(p.numel() for p in model.parameters()), "curve": curve,
+    }  # fmt: skip
+
+
+def _batch(
+    trial: Trial, data: Samples, fixed: list[Tensor] | None, step: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The batch of a step: of new samples, or of the fixed ones in the order of the epoch."""
+    size = trial.batch_size
+    if fixed is None or trial.train_samples is None:
+        x, y = data.batch(step * size, size)
+        return x.to(device), y.to(device)
+    epoch, at = divmod(step, trial.train_samples // size)
+    chosen = Permutation(trial.train_samples, trial.seed + (epoch << 32))(
+        torch.arange(at * size, (at + 1) * size).numpy()
+    )
+    index = torch.from_numpy(chosen).to(device)
+    return fixed[0][index], fixed[1][index]
+
+
+def _solved(model: Any, x: Tensor) -> dict[str, float]:
+    """Sweeps, defect and largest Lyapunov exponent of the recurrent layers on a batch, the largest of each."""
+    layers = solver_statistics(model, x[:16], None, exponents=True) if model.recurrent_layers() else []
+    return {name: max(layer[name] for layer in layers) for name in (layers[0] if layers else ())}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, samples: Samples, count: int, device: torch.device) -> dict[str, float]:
+    """The share of right answers over the first `count` samples, by metric."""
+    size = max(1, LOGITS // (samples.length * samples.vocab_size))
+    model.eval()
+    total = torch.zeros(3, 2, dtype=torch.int64, device=device)
+    for start in range(0, count, size):
+        x, y = (v.to(device) for v in samples.batch(start, min(size, count - start)))
+        total += tally(model(input_ids=x).logits.argmax(-1), y)
+    model.train()
+    return rates(total)

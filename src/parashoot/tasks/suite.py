@@ -1,0 +1,185 @@
+"""What is trained: a suite is a list of trials, each of which decides one run completely."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import bad_type, bad_value
+from ..lm.config import checked_names, is_count
+from .models import SOLVERS, parts
+from .task import Samples, find_task
+
+COUNTS = ("length", "steps", "validate_every", "batch_size", "validation_samples", "test_samples", "hidden_size", "num_layers", "num_heads")  # fmt: skip
+VARIED = {"seed": "seeds", "model": "models", "learning_rate": "learning_rates"}
+"""Fields of a trial of which an entry of a suite lists several, and the name of the list."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a model on a task: AdamW with a cosine to zero, the gradient's norm clipped to 1.
+
+    - `task` and its `options`; `model` as in `build_model`; `seed` of weights, training samples and their order.
+    - `length` of training samples, or, with `shortest`, lengths from there to `length`; `test_lengths`.
+    - `train_samples`: a fixed set, taken in a new order each epoch; None: new samples all the time.
+    - `validation_samples` (of the training length) every `validate_every` steps; a perfect score ends the training.
+    - `hidden_size`, `num_layers`, `num_heads`, `recurrent_clip`, `solver`: the model's.
+
+    The defaults are the paper's, as far as it gives them: its number of epochs is not known. Raises `ArgumentError` and
+    `ArgumentTypeError`. Source: Danieli et al. 2025 (ParaRNN, arXiv 2510.21450).
+    """
+
+    task: str
+    model: str
+    seed: int = 0
+    learning_rate: float = 5e-4
+    options: dict[str, Any] | None = None
+    length: int = 100
+    shortest: int | None = None
+    test_lengths: Sequence[int] = (100,)
+    train_samples: int | None = 10_000
+    validation_samples: int = 1000
+    test_samples: int = 100_000
+    steps: int = 12_500
+    validate_every: int = 625
+    batch_size: int = 16
+    weight_decay: float = 1e-6
+    hidden_size: int = 64
+    num_layers: int = 1
+    num_heads: int = 1
+    recurrent_clip: float | None = 0.9
+    solver: str = "parallel"
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            if not is_count(getattr(self, name)):
+                bad_value(name, repr(getattr(self, name)), "an integer >= 1")
+        if self.train_samples is not None and not (
+            is_count(self.train_samples) and self.train_samples >= self.batch_size
+        ):
+            bad_value(
+                "train_samples", repr(self.train_samples), f"None or an integer >= batch_size = {self.batch_size}"
+            )
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                bad_value(name, repr(value), "a finite number >= 0")
+        if (
+            not isinstance(self.test_lengths, (list, tuple))
+            or not all(map(is_count, self.test_lengths))
+            or not self.test_lengths
+        ):
+            bad_value("test_lengths", repr(self.test_lengths), "a list of integers >= 1")
+        if not isinstance(self.options, (dict, type(None))):
+            bad_type("options", self.options, "an object of the task's options")
+        object.__setattr__(self, "options", self.options or {})
+        if self.solver not in SOLVERS:
+            bad_value("solver", repr(self.solver), f"one of {', '.join(SOLVERS)}")
+        parts(self.model)
+        object.__setattr__(self, "test_lengths", list(self.test_lengths))
+        self.samples("train", self.length)
+        for length in self.test_lengths:
+            self.samples("test", length)
+
+    def samples(self, split: str, length: int) -> Samples:
+        """Those of a split; all trials share validation and test samples."""
+        varied = {"shortest": self.shortest} if self.shortest is not None and split != "test" else {}
+        seed = self.seed if split == "train" else 0
+        return find_task(self.task).build(seed, length=length, split=split, **(self.options or {}), **varied)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return asdict(self)
+
+    @property
+    def key(self) -> str:
+        """The same text for the same trial, another for another."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+
+def trials(values: Any) -> list[Trial]:
+    """The trials of a suite: {"defaults": {...}, "runs": [{...}, ...]}, of fields of `Trial`.
+
+    Each run, the defaults filled in, stands for all combinations of its "models", "seeds" and "learning_rates"; the rates of a
+    seed stand together. Raises `ArgumentError` and `ArgumentTypeError`.
+    """
+    if (
+        not isinstance(values, dict)
+        or not set(values) <= {"defaults", "runs"}
+        or not isinstance(values.get("runs"), list)
+    ):
+        bad_value("suite", repr(values)[:60], 'an object {"defaults": {...}, "runs": [{...}, ...]}')
+    found: list[Trial] = []
+    for run in values["runs"]:
+        for given in (run, values.get("defaults", {})):
+            if not isinstance(given, dict):
+                bad_type("suite", given, "an object of fields in 'defaults' and in each of 'runs'")
+        fields = {**values.get("defaults", {}), **run}
+        lists = {one: fields.pop(many) for one, many in VARIED.items() if many in fields}
+        for one, listed in lists.items():
+            if not isinstance(listed, list) or not listed:
+                bad_value(VARIED[one], repr(listed), "a list of at least one")
+        for chosen in itertools.product(*lists.values()):
+            found.append(Trial(**checked_names(Trial, {**fields, **dict(zip(lists, chosen, strict=True))})))
+    return found
+
+
+BARE, BLOCK = (
+    [f"{kind}:gru", f"{kind}:lstm", f"{kind}:mingru", f"{kind}:parashoot.tasks.cells:mingru_negative", "torch:gru", "torch:lstm"]
+    for kind in ("cell", "block")
+)  # fmt: skip
+LONGER = [100, 200, 400]
+
+SUITES: dict[str, dict[str, Any]] = {
+    "paper": {
+        "defaults": {"seeds": [0, 1, 2]},
+        "runs": [
+            {"task": "keep_nth", "models": BARE},
+            {"task": "parity", "models": BARE, "recurrent_clip": None, "test_lengths": LONGER},
+            {"task": "mqar", "models": [*BLOCK, "block:attention"]},
+            {"task": "khop", "models": [*BLOCK, "block:attention"]},
+            {"task": "khop", "models": [*BLOCK, "block:attention"], "options": {"k": 2, "vocab": 5}},
+        ],
+    },
+    "tracking": {
+        "defaults": {
+            "models": BARE, "seeds": [0, 1, 2], "learning_rates": [1e-3, 3e-3], "recurrent_clip": None, "length": 40,
+            "test_lengths": [40, 64, 128, 256], "train_samples": None, "test_samples": 10_000, "batch_size": 64,
+        },
+        "runs": [
+            {"task": "parity"},
+            {"task": "cycle", "shortest": 3},
+            {"task": "arithmetic", "shortest": 3},
+            {"task": "brackets", "shortest": 3},
+            *({"task": name} for name in ("z60", "s3", "s5", "a5")),
+        ],
+    },
+    "quick": {
+        "defaults": {
+            "seeds": [0], "learning_rates": [1e-2], "recurrent_clip": None, "hidden_size": 16, "length": 16, "train_samples": None,
+            "validation_samples": 500, "test_samples": 1000, "steps": 600, "validate_every": 50, "batch_size": 64,
+        },
+        "runs": [
+            {"task": "parity", "models": ["cell:gru", "cell:lstm", "cell:mingru"], "test_lengths": [16, 32, 64]},
+            {"task": "keep_nth", "models": ["cell:lstm", "cell:mingru"], "options": {"n": 1, "vocab": 8}, "test_lengths": [16]},
+        ],
+    },
+}  # fmt: skip
+
+
+def find_suite(name: str) -> list[Trial]:
+    """The trials of one of `SUITES`, or of a JSON file. Raises `ArgumentError` and `ArgumentTypeError`."""
+    if name in SUITES:
+        return trials(SUITES[name])
+    path = Path(name)
+    if path.suffix != ".json" or not path.is_file():
+        bad_value("SUITE", repr(name), f"one of {', '.join(SUITES)}, or an existing .json file")
+    try:
+        return trials(json.loads(path.read_text()))
+    except json.JSONDecodeError as e:
+        bad_value("SUITE", f"'{name}', which is not JSON ({e})", "a JSON object")

@@ -1,0 +1,218 @@
+"""Suites: that they teach what they should, their results file, tables and errors, and the commands of docs/tasks.md."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+import parashoot as ps
+from parashoot.cli import main
+from parashoot.errors import ArgumentError, ArgumentTypeError
+from parashoot.tasks import run as runner
+from parashoot.tasks.models import SOLVERS, build_model
+from parashoot.tasks.report import picked, tables
+from parashoot.tasks.run import evaluate, read, run, train
+from parashoot.tasks.suite import SUITES, Trial, find_suite, trials
+
+DOCS = Path(__file__).parents[1] / "docs"
+CPU = torch.device("cpu")
+TINY = {
+    "length": 6, "test_lengths": [6, 9], "steps": 4, "validate_every": 2, "hidden_size": 8, "batch_size": 4,
+    "train_samples": 10, "validation_samples": 8, "test_samples": 8,
+}  # fmt: skip
+
+
+def suite(**fields) -> list[Trial]:
+    return trials({"defaults": TINY, "runs": [fields]})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nonlinear_cells_learn_parity_and_a_linear_one_with_positive_gates_does_not(seed):
+    quick = [t for t in find_suite("quick") if t.task == "parity"]
+    found = {t.model: train(Trial(**{**t.to_dict(), "seed": seed}), CPU) for t in quick}
+    for model in ("cell:gru", "cell:lstm"):
+        assert found[model]["stopped"] == "perfect"
+        assert found[model]["test"]["64"]["token"] > 0.99  # four times the training length
+    assert found["cell:mingru"]["test"]["16"]["token"] < 0.75
+    assert found["cell:mingru"]["test"]["64"]["last"] < 0.6
+
+
+def test_lstm_keeps_the_first_token():
+    (trial,) = (t for t in find_suite("quick") if t.task == "keep_nth" and t.model == "cell:lstm")
+    assert train(trial, CPU)["test"]["16"]["token"] > 0.99
+
+
+def test_solvers_train_alike(monkeypatch):
+    monkeypatch.setitem(
+        SOLVERS, "parallel", ps.MultipleShooting(chunk_length=5)
+    )  # by itself so small a problem is not cut
+    made = [Trial("parity", "cell:lstm", **{**TINY, "length": 40, "solver": name}) for name in SOLVERS]
+    rows = [train(trial, CPU) for trial in made]
+    both = [[point["solver"] for point in row["curve"]] for row in rows]
+    for ours, loops in zip(*(row["curve"] for row in rows), strict=True):
+        assert ours["loss"] == pytest.approx(loops["loss"], rel=1e-4)
+        assert ours["solver"]["lyapunov"] == pytest.approx(loops["solver"]["lyapunov"], abs=1e-3)
+    assert min(point["iterations"] for point in both[0]) > 1 == max(point["iterations"] for point in both[1])
+    assert set(both[0][-1]) == {"iterations", "iterations_mean", "defect", "lyapunov"}
+
+
+@pytest.mark.parametrize(
+    "model", ["cell:gru", "block:lstm", "cell:parashoot.tasks.cells:mingru_negative", "torch:gru", "torch:lstm"]
+)
+def test_models_are_causal(model):
+    made = build_model(
+        model, 10, hidden_size=8, num_layers=1, num_heads=1, recurrent_clip=None, solver="parallel"
+    ).eval()
+    ids = torch.randint(10, (2, 12))
+    changed = ids.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % 10
+    with torch.no_grad():
+        a, b = made(input_ids=ids).logits, made(input_ids=changed).logits
+    assert a.shape == (2, 12, 10)
+    assert torch.allclose(a[:, :7], b[:, :7], atol=1e-6) and not torch.allclose(a[:, 7:], b[:, 7:])
+
+
+def test_an_evaluation_does_not_depend_on_its_batches(monkeypatch):
+    trial = Trial("parity", "cell:gru", **TINY)
+    model = build_model("cell:gru", 2, hidden_size=8, num_layers=1, num_heads=1, recurrent_clip=None, solver="parallel")
+    whole = evaluate(model, trial.samples("test", 9), 50, CPU)
+    monkeypatch.setattr(runner, "LOGITS", 9 * 2 * 7)
+    assert evaluate(model, trial.samples("test", 9), 50, CPU) == whole
+    assert model.training
+
+
+def test_a_fixed_set_is_taken_whole_each_epoch():
+    trial = Trial("parity", "cell:gru", **{**TINY, "train_samples": 12})
+    fixed = [torch.arange(12), torch.arange(12)]
+    epochs = [torch.cat([runner._batch(trial, None, fixed, 3 * e + k, CPU)[0] for k in range(3)]) for e in range(3)]  # type: ignore[arg-type]
+    assert all(e.sort().values.equal(torch.arange(12)) for e in epochs)
+    assert not epochs[0].equal(epochs[1])
+
+
+def test_a_suite_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    out, made = tmp_path / "deep" / "rows.jsonl", suite(task="parity", models=["cell:gru", "torch:rnn"], seeds=[0, 1])
+    ran: list[str] = []
+
+    def recorded(trial, *rest):
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(trial.key)
+        return train(trial, *rest)
+
+    monkeypatch.setattr(runner, "train", recorded)
+    with pytest.raises(KeyboardInterrupt):
+        run(made, out, device="cpu")
+    with out.open("a") as file:
+        file.write('{"trial": {"ta')  # a line that was cut off
+    assert len(read(out)) == 2
+    monkeypatch.setattr(runner, "train", train)
+    rows = run(made, out, device="cpu")
+    assert [row["trial"]["model"] for row in rows] == ["cell:gru", "torch:rnn"] * 2
+    before = out.read_bytes()
+    assert run(made, out, device="cpu") == rows == read(out) and out.read_bytes() == before
+    again = train(made[0], CPU)
+    assert again["test"] == rows[0]["test"] and again["curve"] == rows[0]["curve"]
+    assert {"commit", "device", "versions"} <= set(rows[0])
+
+
+def test_rates_are_picked_on_validation_and_left_out_after_a_perfect_one(tmp_path, monkeypatch):
+    made = suite(task="parity", models=["cell:gru"], learning_rates=[0.1, 0.2, 0.3], seeds=[0, 1])
+    scores = {(0, 0.1): 0.5, (0, 0.2): 1.0, (1, 0.1): 0.7, (1, 0.2): 0.6, (1, 0.3): 0.8}
+
+    def graded(trial, *_):
+        score = scores[trial.seed, trial.learning_rate]
+        test = {n: {"token": score - 0.1, "last": 0.0, "sequence": 0.0} for n in ("6", "9")}
+        facts = {"metric": "token", "curve": [], "seconds": 1.0, "steps": 4, "parameters": 9, "stopped": "steps"}
+        return {"trial": trial.to_dict(), "validation": score, "test": test, **facts}
+
+    monkeypatch.setattr(runner, "train", graded)
+    rows = run(made, tmp_path / "rows.jsonl", device="cpu")
+    assert [row["validation"] for row in rows] == list(scores.values())
+    assert [row["trial"]["learning_rate"] for row in picked(rows)] == [0.2, 0.3]
+    text = tables(rows)
+    assert "| parity, 6        | 9         | 90.0 (80.0) |" in text
+    assert "0.2 0.3" in text
+
+
+def test_a_training_that_diverges_is_a_row(monkeypatch):
+    row = train(Trial("parity", "torch:rnn", **{**TINY, "learning_rate": 1e30, "steps": 30}), CPU)
+    assert row["stopped"] in ("diverged", "steps") and 0 <= row["validation"] < 1
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_the_suites_are_well_formed():
+    for name in SUITES:
+        found = find_suite(name)
+        assert len({trial.key for trial in found}) == len(found)
+        for trial in found:
+            build_model(
+                trial.model, 12, hidden_size=8, num_layers=1, num_heads=1, recurrent_clip=None, solver="parallel"
+            )
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"task": "fly", "model": "cell:gru"}, "task: got 'fly'; expected one of keep_nth"),
+        ({"task": "parity", "models": []}, "models: got []; expected a list"),
+        ({"task": "parity", "model": "gru"}, "model: got 'gru'; expected 'cell:CELL'"),
+        ({"task": "parity", "model": "cell:gruu"}, "model: got 'gruu'; expected one of elman"),
+        ({"task": "parity", "model": "torch:slstm"}, "model: got 'torch:slstm'"),
+        ({"task": "parity", "model": "cell:gru", "lenght": 3}, "unknown field 'lenght'"),
+        ({"task": "parity"}, "no model"),
+        ({"task": "parity", "model": "cell:gru", "steps": 0}, "steps: got 0"),
+        ({"task": "parity", "model": "cell:gru", "train_samples": 2}, "train_samples: got 2"),
+        ({"task": "parity", "model": "cell:gru", "solver": "fast"}, "solver: got 'fast'"),
+        ({"task": "parity", "model": "cell:gru", "shortest": 3}, "option of parity: got 'shortest'"),
+        ({"task": "parity", "model": "cell:gru", "test_lengths": []}, "test_lengths: got []"),
+        ({"task": "parity", "model": "cell:gru", "learning_rate": -1}, "learning_rate: got -1"),
+        ({"task": "parity", "model": "cell:gru", "options": 3}, "options: got int 3"),
+        ({"task": "keep_nth", "model": "cell:gru", "test_lengths": [3]}, "length: got 3; expected at least 5"),
+    ],
+)
+def test_a_suite_that_is_wrong_says_why(fields, words):
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=re.escape(words)):
+        suite(**fields)
+
+
+def test_the_command_line_reports_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text("{")
+    Path("rows.jsonl").write_text('{"trial": 3}\n{"trial": 3}\n')
+    wrong = {
+        "run nothing": "SUITE: got 'nothing'; expected one of paper, tracking, quick",
+        "run broken.json": "which is not JSON",
+        "render nowhere.jsonl": "FILE: got 'nowhere.jsonl'; expected an existing results file",
+        "render rows.jsonl": "line 1",
+        "show parity n": "OPTION=VALUE: got 'n'",
+        "show fly": "task: got 'fly'",
+    }
+    for command, words in wrong.items():
+        assert main(["tasks", *command.split()]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.startswith("parashoot tasks: ") and error.count("\n") == 1
+
+
+def test_every_command_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    page = (DOCS / "tasks.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    (given,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    values = json.loads(given)
+    assert trials(values)
+    Path("mine.json").write_text(
+        json.dumps({"runs": [{**r, **TINY, "seeds": [0]} for r in values["runs"]], "defaults": values["defaults"]})
+    )
+    small = {name: {"defaults": {}, "runs": [{"task": "parity", "model": "cell:gru", **TINY}]} for name in SUITES}
+    monkeypatch.setattr("parashoot.tasks.suite.SUITES", small)
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) >= 6
+    for line in commands:
+        assert main(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
+    assert Path("mine.png").exists()
+    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), "tasks.md", "exec"), {})
