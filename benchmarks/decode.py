@@ -124,7 +124,7 @@ def main() -> None:
     device = torch.device(options.device)
     options.compile = options.compile or (["no", "yes"] if device.type == "cuda" else ["no"])
     bandwidth = copy_bandwidth(device)
-    where = facts(device, bandwidth, None)
+    where = {"copy_gb_s": bandwidth / 1e9, **facts(device)}
     print(
         f"{where['device']}, commit {where['commit']}, copies at {where['copy_gb_s']:.0f} GB/s; preset {options.preset}, {options.cell}"
     )

@@ -143,7 +143,7 @@ def main() -> int:
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     clock = 1e6 * float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
     bandwidth = copy_bandwidth(device)
-    facts = results.facts(device, bandwidth, options.commit)
+    facts = {"copy_gb_s": bandwidth / 1e9, **results.facts(device, options.commit)}
     print(f"{facts['device']}, {clock / 1e9:.2f} GHz, copies at {bandwidth / 1e9:.0f} GB/s")
     print(
         "cell: slots inputs params | forward us, byte us, instruction us, ratio | backward the same | error, gradient"

@@ -31,7 +31,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from parashoot import cells
 from parashoot.bench.results import facts
-from parashoot.bench.trial import copy_bandwidth
 from parashoot.lm.config import ParaRNNConfig
 from parashoot.lm.presets import preset
 from parashoot.lm.processes import Processes, processes
@@ -210,7 +209,7 @@ def main() -> None:
     options = parser.parse_args()
     models = {name: find_model(name) for name in options.models}
     with processes(options.device) as group:
-        where = facts(group.device, copy_bandwidth(group.device), options.commit)
+        where = facts(group.device, options.commit)
         if group.rank == 0:
             print(f"{group.size} x {where['device']}, commit {where['commit']}, torch {where['versions']['torch']}")
             print(

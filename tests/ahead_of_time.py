@@ -53,7 +53,7 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
             signature[name] = "*u8" if stem == "reset" else "*fp32" if wide else f"*{dtype}"
         else:
             signature[name] = "fp32" if name in ("tol", "floor") else "i32"
-        if name.endswith("_ptr") or name == "C" or re.fullmatch(r"(x|y|dx|dy)_[btgs]", name):
+        if name.endswith("_ptr") or name in ("C", "width") or re.fullmatch(r"(x|y|dx|dy)_[btgsh]", name):
             attributes[k,] = [["tt.divisibility", 16]]
     options = {
         "num_warps": tiling.warps

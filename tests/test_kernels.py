@@ -220,6 +220,32 @@ def test_strided_and_expanded_tensors_are_read_in_place(tiling):
     assert torch.equal(expanded, torch.autograd.grad(y, gx, torch.ones_like(y))[0])
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (3, 0, 1, 2, 4), (4, 2, 0, 3, 1)], ids=["plain", "heads", "odd"])
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_channels_in_heads_are_read_in_place(name, order, tiling):
+    tiling(Tiling(64, 1, 4, 3, 3, 12, 2, 32))
+    cell = CHANNELWISE[name]
+    x, params, h0 = fp32_problem(cell, 2, 50, 256, 0.5)
+    reset = random_resets(2, 50)
+
+    def oracle(x, params, h0):
+        states = loop(cell, x.flatten(3), params, h0, reset)
+        return states[:, :, cell.output], states[:, -1]
+
+    def scan(x, params, h0):
+        return ps.scan(cell, x, tuple(params), h0, reset=reset.to(DEVICE), solver=KERNEL)
+
+    heads = x.unflatten(3, (2, 128)).permute(order).contiguous().permute([order.index(k) for k in range(5)])
+    dy = torch.randn(2, 50, 256)
+    wide = heads.double(), [p.double() for p in params], h0.double()
+    want = gradients(oracle, *wide, dy.double(), None)
+    given = moved(heads, params, h0)
+    got = gradients(scan, *given, *moved(dy), None)
+    assert got[0].shape == heads.shape
+    assert float((scan(*given)[0].cpu() - oracle(*wide)[0]).abs().max()) <= 1e-5
+    assert max(relative(g.cpu(), w) for g, w in zip(got, want, strict=True)) <= 1e-4
+
+
 @pytest.mark.parametrize("strides", [(1, 8, 2**30, 3), (1, 16, 4, 2**29)], ids=["gates", "channels"])
 def test_strides_whose_products_pass_32_bits(strides, tiling):
     """Only the pages that are touched exist on a CPU; 4 GiB of a GPU."""

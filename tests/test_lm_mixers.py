@@ -180,9 +180,8 @@ def test_a_compiled_model_trains_on_a_gpu(name, documents):
     ids, reset = tokens(2, 200).cuda(), torch.rand(2, 200).cuda() < 0.05 if documents else None
     found = []
     for compiled in (False, True):
-        torch.manual_seed(0)
-        made = ParaRNNForCausalLM(TINY.replace(hidden_size=128, **MIXERS[name] | {"head_dim": 32})).train()
-        place(made, Processes(0, 1, torch.device("cuda")), bf16=True, compiled=compiled, checkpointed=False)
+        made = build_model(TINY.replace(hidden_size=128, **MIXERS[name] | {"head_dim": 32})).train()
+        place(made, Processes(0, 1, torch.device("cuda")), seed=0, bf16=True, compiled=compiled, checkpointed=False)
         with torch.autocast("cuda", torch.bfloat16):
             loss = made(ids, labels=ids, reset=reset).loss
         found.append([loss.detach(), *torch.autograd.grad(loss, list(made.parameters()))])

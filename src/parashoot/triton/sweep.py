@@ -97,9 +97,9 @@ def text(cell: Cell, direction: str, reset: bool, return_states: bool) -> str:
 
 
 X_PLACE = ["x_b", "x_t", "x_g", "x_h", "x_c", "width"]
-IN_HEADS = [  # the channels of x lie in heads of `width`, and those of a tile in one of them
+IN_HEADS = [  # the channels of x lie in heads of `width`, those of a tile in one of them: from its base the others lie in a row
     "head = (tile * BD // width).to(tl.int64) if WIDE else tile * BD // width",
-    "within = col - head * width",
+    "x_head = x_ptr + b * x_b + head * (x_h - width * x_c)",
 ]
 
 
@@ -201,7 +201,7 @@ def backward(s: Source) -> str:
                 out += [line, *_compose_step(transposed)]
             if write:
                 line, values = call("adjoint", s.adjoint, [*given, *carry], "w")
-                out += [line, "at = dx_ptr + b * dx_b + time * dx_t + head * dx_h + within"]
+                out += [line, "at = dx_head + time * dx_t + col"]
                 for g, v in enumerate(values[s.slots :][: s.inputs]):
                     stored = f"{_spread(v)}.to(dx_ptr.dtype.element_ty)"
                     out.append(f"tl.store({_apart('at', 'dx_g', g)}, {stored}, {_mask(False)})")
@@ -219,7 +219,8 @@ def backward(s: Source) -> str:
     arguments += ["dy_ptr", "dh_ptr", "dx_ptr", "dp_ptr", "end_ptr"]
     arguments += ["reset_ptr", "r_b", "r_t", "r_shift"] * s.reset
     arguments += [*X_PLACE, "dy_b", "dy_t", "dy_s", "dy_c", "dx_b", "dx_t", "dx_g", "dx_h"]
-    setup = [*IN_HEADS, *_load_params(s), *_load_entering("dh_ptr", s.slots)]
+    setup = [*IN_HEADS, "dx_head = dx_ptr + b * dx_b + head * (dx_h - width)", *_load_params(s)]
+    setup += _load_entering("dh_ptr", s.slots)
     functions = [
         function("jacobian", entries, s.arguments),
         function("adjoint", s.adjoint, [*s.arguments, *[f"g{i}" for i in slots]]),
@@ -377,7 +378,7 @@ def _store_end(slots: int) -> list[str]:
 
 
 def _load_inputs(s: Source, u: int, lead: bool, boundary: str) -> list[str]:
-    out = ["at = x_ptr + b * x_b + time * x_t + head * x_h + within * x_c"]
+    out = ["at = x_head + time * x_t + col * x_c"]
     out += [f"x{u}_{g} = tl.load({_apart('at', 'x_g', g)}, {_mask(lead)})" for g in range(s.inputs)]
     if s.reset:
         # r_shift is 1 for a reverse scan: it enters t from t + 1, across the boundary that reset[t + 1] marks
