@@ -464,3 +464,21 @@ def test_a_kernel_that_cannot_run_says_why(cell, dtype, options, reason):
         ps.scan(cell, x, tuple(params) or None, h0, solver=ps.MultipleShooting(backend="triton", **options))
     asked = ps.MultipleShooting(**options)
     assert ps.scan(cell, x, tuple(params) or None, h0, solver=asked, return_info=True)[2].backend == "torch"
+
+
+def test_a_layer_with_heads_compiles_without_a_break(tiling):
+    tiling(Tiling(64, 1, 4, 3, 3, 12, 2, 32))
+    layer = ps.ParaGRU(256, 256, num_heads=2, solver=KERNEL).to(DEVICE)
+    x = torch.randn(2, 50, 256, device=DEVICE)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(lambda x: layer(x)[0].square().sum())(x)
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager")
+    for f in (layer, compiled):
+        layer.zero_grad()
+        f(x)[0].square().sum().backward()
+        grads = [p.grad for p in layer.parameters() if p.grad is not None]
+        if f is layer:
+            want = grads
+    assert max(relative(g.double(), w.double()) for g, w in zip(grads, want, strict=True)) <= 1e-5

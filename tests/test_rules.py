@@ -32,7 +32,7 @@ def assert_refused(error, parts, **changed):
 SHAPE = "a tensor of shape "
 WRONG_VALUES = {
     "x of rank 3": ({"x": zeros(2, 5, 8)}, ["x: got", SHAPE + "(2, 5, 8)", "(B, T, G, C) with G = 3", "z, r, c"]),
-    "x of rank 5": ({"x": zeros(2, 5, 3, 8, 1)}, ["x: got", SHAPE + "(2, 5, 3, 8, 1)", "(B, T, G, C)"]),
+    "x of rank 6": ({"x": zeros(2, 5, 3, 8, 1, 1)}, ["x: got", SHAPE + "(2, 5, 3, 8, 1, 1)", "(B, T, G, C)"]),
     "too few inputs": ({"x": zeros(2, 5, 2, 8)}, ["x: got", SHAPE + "(2, 5, 2, 8)", "G = 3", "cell 'gru'"]),
     "one input, no axis for it": ({"on": DENSE, "x": zeros(2, 5, 8)}, ["x: got", "G = 1", "x.unsqueeze(2)"]),
     "no steps": ({"x": zeros(2, 0, 3, 8)}, ["x: got", "(2, 0, 3, 8)", "one step (T >= 1)"]),

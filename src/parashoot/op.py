@@ -89,9 +89,15 @@ def scan_op(
     solver = _decode(length, tol, max_iters, jacobian, backend)
     made = get_cell(cell)
     plan, found = plan_for(made, x, as_seen(made, params, compute_dtype(x.dtype)), solver)
-    y, h_n, saved, stats, facts = _forward(x, params, h0, reset, made, reverse, all_states, save, plan, found)
-    facts = x.new_zeros((1, 3), dtype=torch.float32) if facts is None else facts
-    return y, h_n, saved, torch.tensor(stats, dtype=torch.float64), facts
+    given = x.flatten(3) if plan.tiling is None else x
+    y, h_n, saved, stats, facts = _forward(given, params, h0, reset, made, reverse, all_states, save, plan, found)
+    seen = summary(facts) if facts is not None else x.new_zeros(3, dtype=torch.float32)
+    return y, h_n, saved, torch.tensor(stats, dtype=torch.float64), seen
+
+
+def summary(facts: Tensor) -> Tensor:
+    """Iterations at most and on average, and the largest defect, of what kernels report (N, 3): a shape that no tiling decides."""
+    return torch.stack([facts[:, 0].max(), facts[:, 0].mean(), facts[:, 1].max()])
 
 
 def _needs_saved(cell: Cell, x: Tensor, all_states: bool, backend: str) -> bool:
@@ -111,13 +117,12 @@ def _(x, params, h0, reset, cell, reverse, all_states, save, length, tol, max_it
     y = x.new_empty((b, t, slots, c) if all_states else (b, t, c))
     rows = -(-t // unroll_for(slots)) if kind == "triton" else t
     saved = (b, rows, slots, c) if save and _needs_saved(made, x, all_states, kind) else (0,)
-    facts = (torch.library.get_ctx().new_dynamic_size() if kind == "triton" else 1, 3)
     return (
         y,
         h0.new_empty(h0.shape),
         x.new_empty(saved, dtype=compute_dtype(x.dtype)),
         torch.empty(6, dtype=torch.float64),
-        x.new_empty(facts, dtype=torch.float32),
+        x.new_empty(3, dtype=torch.float32),
     )
 
 
@@ -143,8 +148,9 @@ def _gradients(
         tol = tolerance_backward(x.dtype)
         return run_backward(cell, found, plan.tiling, dy, dh_n, x, params, h0, reset, states, reverse, tol)
     with torch.autocast(x.device.type, enabled=False):
-        grads, layout = _solve_backward(cell, plan, found, dy, dh_n, x, params, h0, reset, states, reverse)
+        grads, layout = _solve_backward(cell, plan, found, dy, dh_n, x.flatten(3), params, h0, reset, states, reverse)
     d_x = layout.unchunk(grads.xs, x.dtype)
+    d_x = d_x if x.dim() == 4 else gradient_like(x).copy_(d_x.unflatten(3, x.shape[3:]))
     d_params = [g.reshape(p.shape).to(p.dtype).contiguous() for g, p in zip(grads.params, params, strict=True)]
     return d_x, d_params, grads.h0.reshape(h0.shape[1], *h0.shape[::2]).movedim(0, 1).to(h0.dtype).contiguous()
 
@@ -275,14 +281,15 @@ class _Direct(torch.autograd.Function):
 def run(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool, solver: Solver
 ) -> tuple[Tensor, Tensor, Tensor | list[float], Tensor | None]:  # fmt: skip
-    """(y, h_n, stats, facts), directly on plain tensors, through the operator when compiling or on tensor subclasses."""
-    if x.dim() == 5 and (x.shape[4] % WIDEST or backend_for(cell, x.dtype, x.device, solver) != "triton"):
+    """(y, h_n, stats, facts or their summary), directly on plain tensors, through the operator when compiling or on tensor subclasses."""
+    if x.dim() == 5 and x.shape[4] % WIDEST:
         x = x.flatten(3)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, *params))
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         y, h_n, _, stats, facts = scan_op(x, params, h0, reset, cell.key, reverse, all_states, save, *encode(solver))
         return y, h_n, stats, facts
     plan, found = plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)
+    x = x.flatten(3) if plan.tiling is None else x
     autocast = torch.is_autocast_enabled(x.device.type)  # it would reach a backward pass run inside it
     if plan.autograd and not autocast:
         stats = [1.0, 1.0, 0.0, found.number, float(plan.chunk_length), 0.0]

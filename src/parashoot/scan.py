@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cell import Cell, parameter_shapes, sizes
 from .errors import bad_type, bad_value
-from .op import as_seen, run
+from .op import as_seen, run, summary
 from .plan import Explanation, Solver, check_solver, compute_dtype, plan_for
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -29,8 +29,7 @@ class ScanInfo:
         """Statistic k: from what the kernels left on the device, or from what PyTorch's solver counted."""
         if self._facts is None or self.backend == "torch":
             return float(self._stats[k])
-        column = self._facts[:, 1 if k == 2 else 0]
-        return float(column.mean() if k == 1 else column.max())
+        return float((summary(self._facts) if self._facts.dim() == 2 else self._facts)[k])
 
     iterations = property(lambda self: int(self._read(0)))
     iterations_mean = property(lambda self: self._read(1))

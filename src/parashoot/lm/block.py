@@ -86,5 +86,5 @@ class Block(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x (B, T, d), the past, reset (B, T) bool -> (x (B, T, d), the past after it, empty unless `keep`)."""
         y, after = self.mixer(self.mixer_norm(x), past, reset)
-        x = torch.addcmul(y, self.residual_scale, x)
+        x = torch.addcmul(y, self.residual_scale.to(x.dtype), x)
         return x + self.mlp(self.mlp_norm(x)), after if keep else ()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .parts import working
+
 ROWS = 4096
 IGNORED = -100
 
@@ -31,11 +33,11 @@ def next_token_loss(
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
     hidden, device = hidden.flatten(0, 1), hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     by_kernel = hidden.is_cuda and not torch.compiler.is_compiling() and _has_kernel()
     total = _total_by_kernel if by_kernel else _total
+    low = working(hidden)
     with torch.autocast(device, enabled=False):
-        summed, z_part = total(hidden.to(dtype), weight, targets, z_loss)
+        summed, z_part = total(low, weight, targets, z_loss)
     if num_items is None:
         num_items = (targets != IGNORED).sum().clamp(min=1)
     return summed / num_items, z_part.detach() / num_items

@@ -21,7 +21,7 @@ from .conv import CausalConv
 from .gated_delta import GatedDelta
 from .generation import StatefulGeneration
 from .loss import next_token_loss, token_losses
-from .parts import ResidualLinear, RMSNorm
+from .parts import ResidualLinear, RMSNorm, working
 
 
 @dataclass
@@ -97,7 +97,7 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
         return_dict: bool | None = None,
     ) -> Any:
         """Run over tokens in parallel over time; arguments as in `ParaRNNForCausalLM.forward`."""
-        x = self._embed(input_ids, inputs_embeds)
+        x = working(self._embed(input_ids, inputs_embeds))
         past = Cache() if past_key_values is None else past_key_values
         self._check(x, attention_mask, past, reset)
         if attention_mask is not None:

@@ -1,7 +1,8 @@
-"""What blocks and their mixers are made of: the norm, and the linear layer that writes to the residual stream."""
+"""What blocks and their mixers are made of: the norm, the residual stream and the linear layer that writes to it."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,6 +12,12 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def working(x: Tensor) -> Tensor:
+    """x in the dtype of matrix products: that of autocast where it is on, else its own. The residual stream is kept in it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class ResidualLinear(nn.Linear):

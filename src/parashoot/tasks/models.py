@@ -60,12 +60,11 @@ def build_model(
     kind, cell = parts(name)
     model: Any
     if kind == "block":
-        which: dict[str, Any] = {"mixer": "attention"} if cell == "attention" else {"cell": cell}
-        model = ParaRNNForCausalLM(
-            ParaRNNConfig(
-                vocab_size, hidden_size, num_layers, num_heads=num_heads, recurrent_clip=recurrent_clip, **which
-            )
+        recurrent = {"cell": cell, "num_heads": num_heads, "recurrent_clip": recurrent_clip}
+        which: dict[str, Any] = (
+            {"mixer": "attention", "head_dim": hidden_size // num_heads} if cell == "attention" else recurrent
         )
+        model = ParaRNNForCausalLM(ParaRNNConfig(vocab_size, hidden_size, num_layers, **which))
     elif kind == "cell":
         rnn = RNN(
             find_cell(cell), hidden_size, hidden_size, num_layers, num_heads=num_heads,
