@@ -134,13 +134,21 @@ def test_the_reference_rule_equals_the_loop():
         close(got[row], delta_by_loop(*(z[row] for z in given)))  # type: ignore[misc]
 
 
+def need_kernels() -> None:
+    """Skip without fla, and where its backward pass refuses to run: its issue 640, of Triton 3.4 to 3.7.0 on Hopper."""
+    pytest.importorskip("fla")
+    triton = tuple(int(n) for n in pytest.importorskip("triton").__version__.split(".")[:3])
+    if (3, 4, 0) <= triton < (3, 7, 1) and torch.cuda.get_device_capability()[0] == 9:
+        pytest.skip("fla's gated delta rule has no backward pass with this Triton on Hopper")
+
+
 @pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("time", [1, 70, 300], ids=lambda t: f"T{t}")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_kernel_equals_the_reference(time, with_state, with_reset):
-    pytest.importorskip("fla")
+    need_kernels()
     given = [z.requires_grad_() for z in random_rule(3, time)]
     state = torch.randn(3, 2, 64, 128, dtype=torch.float64) if with_state else None
     reset = torch.rand(3, time) < 0.05 if with_reset else None
@@ -176,7 +184,7 @@ def test_flash_attention_runs(weights):
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("documents", [False, True])
 def test_a_compiled_model_trains_on_a_gpu(name, documents):
-    pytest.importorskip("fla")
+    need_kernels()
     ids, reset = tokens(2, 200).cuda(), torch.rand(2, 200).cuda() < 0.05 if documents else None
     found = []
     for compiled in (False, True):

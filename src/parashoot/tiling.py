@@ -50,7 +50,7 @@ def stages_for(slots: int) -> int:
     return 4 if slots == 1 else 3
 
 
-_BURN = {2: 32, 4: 40}  # steps led in at first, by the bytes of a number: float32 has to forget more exactly
+_BURN = {2: 32, 4: 48}  # steps led in at first, by the bytes of a number: float32 has to forget more exactly
 WIDEST = 128  # channels of a program, at most
 _SHORTEST = 128  # steps of a chunk: leading in costs a fraction
 _STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full

@@ -69,13 +69,13 @@ def read(path: Path) -> list[Row]:
 
 
 def render(path: Path, readme: Path) -> int:
-    """Replace the marked block of `readme` by tables of the newest rows in the results file; plots go beside it."""
+    """Replace the marked block of `readme` by tables, or plots, of each suite's newest rows in the results file; plots go beside it."""
     rows, text = read(path), readme.read_text() if readme.is_file() else ""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
         bad_value("--readme", f"'{readme}'", f"a file with the lines {START} and {END} where the tables shall stand")
-    parts = [tables(rows), LEGEND]
+    parts = [tables([r for r in rows if r["suite"] not in AXES]), LEGEND]
     for (name,), of_suite in groups(rows, "suite").items():
         image = path.parent / f"{name}.png"
         if name in AXES and plot(of_suite, name, image):
