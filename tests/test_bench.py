@@ -204,7 +204,8 @@ def test_render_replaces_only_its_block(tiny, monkeypatch):
     assert readme.read_text() == text
     monkeypatch.setitem(results.AXES, "tiny", axis)  # drawn, not tabulated
     assert main(["bench", "--render", "bench.jsonl"]) == 0
-    assert "![two small cases](tiny.png)" in readme.read_text() and "**tiny**" not in readme.read_text()
+    text = readme.read_text()
+    assert "![two small cases](tiny.png)" in text and "**tiny**: two small cases. " in text and "| loop |" not in text
     assert Path("tiny.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -322,4 +322,5 @@ def sizes(x: Tensor) -> tuple[int, int, int, int]:
 
 def gradient_like(x: Tensor) -> Tensor:
     """Where the gradient by x goes: contiguous or, for channels in heads, laid out as x, for what made x will read it."""
-    return torch.empty_like(x) if x.dim() == 5 and x.stride(4) == 1 else x.new_empty(x.shape)
+    like = torch.empty_like(x) if x.dim() == 5 else None
+    return like if like is not None and like.stride(4) == 1 else x.new_empty(x.shape)

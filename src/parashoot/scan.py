@@ -122,7 +122,7 @@ def check_arguments(cell: Cell, x: Any, params: Any, h0: Any, reset: Any) -> lis
         )
     if x.dim() not in (4, 5) or x.shape[2] != gates:
         remedy = "For one input use x.unsqueeze(2)." if x.dim() == 3 and gates == 1 else ""
-        bad_value("x", x, f"shape (B, T, G, C) with G = {gates}, {inputs}", remedy)
+        bad_value("x", x, f"shape (B, T, G, C) with G = {gates}, {inputs}, or (B, T, G, H, C / H)", remedy)
     batch, time, _, channels = sizes(x)
     if time == 0 or batch == 0 or channels == 0:
         bad_value("x", x, "at least one sequence, one step (T >= 1) and one channel")

@@ -75,30 +75,38 @@ def render(path: Path, readme: Path) -> int:
     _, end, after = rest.partition(END)
     if not (start and end):
         bad_value("--readme", f"'{readme}'", f"a file with the lines {START} and {END} where the tables shall stand")
-    parts = [tables([r for r in rows if r["suite"] not in AXES]), LEGEND]
+    plots, parts = 0, [tables([r for r in rows if r["suite"] not in AXES]), LEGEND]
     for (name,), of_suite in groups(rows, "suite").items():
         image = path.parent / f"{name}.png"
         if name in AXES and plot(of_suite, name, image):
+            plots += 1
+            parts.append(_heading(name, of_suite))
             parts.append(f"![{SUITES[name].about}]({Path(os.path.relpath(image, readme.parent)).as_posix()})")
     readme.write_text(before + start + "\n" + "\n\n".join(parts) + "\n" + end + after)
-    print(f"{readme}: {len(rows)} rows of {path}, {len(parts) - 2} plots")
+    print(f"{readme}: {len(rows)} rows of {path}, {plots} plots")
     return 0
 
 
 def tables(rows: Sequence[Row]) -> str:
     """For each suite and device a table, under what it ran on, and the names of those that did not run."""
     parts = []
-    for (name, device), there in groups(rows, "suite", "device").items():
+    for (name, _), there in groups(rows, "suite", "device").items():
         ran, skipped = ([r for r in there if (r["status"] == "skipped") == bad] for bad in (False, True))
-        commit = f"commit {' and '.join(dict.fromkeys(r['commit'] for r in there))}"
-        versions = [f"{k} {v}" for k, v in there[-1]["versions"].items() if v]
-        packages = dict.fromkeys(r["package"] for r in ran if r["package"])
-        ground = [device, commit, *versions, *packages, f"copies at {there[-1]['copy_gb_s']:.0f} GB/s"]
-        parts += [f"**{name}**: {SUITES[name].about}. {', '.join(ground)}.", _table(ran)]
+        parts += [_heading(name, there), _table(ran)]
         if skipped:
             reasons = (f"{contestant}: {reason}" for contestant, reason in groups(skipped, "contestant", "reason"))
             parts.append(f"Not run: {'; '.join(reasons)}.")
     return "\n\n".join(parts)
+
+
+def _heading(name: str, rows: Sequence[Row]) -> str:
+    """What a suite shows, and what its rows ran on."""
+    named = lambda values: dict.fromkeys(v for v in values if v)
+    commit = f"commit {' and '.join(named(r['commit'] for r in rows))}"
+    versions = [f"{k} {v}" for k, v in rows[-1]["versions"].items() if v]
+    packages = named(r["package"] for r in rows if r["status"] != "skipped")
+    ground = [*named(r["device"] for r in rows), commit, *versions, *packages]
+    return f"**{name}**: {SUITES[name].about}. {', '.join(ground)}, copies at {rows[-1]['copy_gb_s']:.0f} GB/s."
 
 
 def _table(rows: Sequence[Row]) -> str:
