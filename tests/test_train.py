@@ -158,7 +158,7 @@ def test_solver_statistics_are_those_of_each_layer():
     assert len(found) == 2
     for k, layer in enumerate(model.recurrent_layers()):
         x = input_of(layer, model, ids)
-        info = library_scan(layer.cell, layer._project(x, "l0"), layer.recurrent(), return_info=True)[2]
+        info = library_scan(*layer.prepared(x), return_info=True)[2]
         assert found[k] == {"iterations": info.iterations, "iterations_mean": info.iterations_mean,
                             "defect": pytest.approx(info.defect, abs=1e-7)}  # fmt: skip
         assert "_scan" not in vars(layer)

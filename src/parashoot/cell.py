@@ -39,7 +39,10 @@ _serial = itertools.count()
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One step of a recurrence and the roles of its arguments; made by `@ps.cell`, hashable by identity."""
+    """One step of a recurrence and the roles of its arguments; made by `@ps.cell`, hashable by identity.
+
+    `with_bias`: the same step of inputs shifted by as many further vector parameters, f(h, x + b; params, b).
+    """
 
     step: Callable[..., Any]
     name: str
@@ -50,6 +53,7 @@ class Cell:
     width: int | None
     output: int
     key: str
+    with_bias: Cell | None = None
 
     def __call__(self, *args: Tensor) -> Any:
         """The plain step: `cell(*states, *inputs, *params)`."""
@@ -168,10 +172,23 @@ def _make(step: Callable, structure: str, width: int | None, output: str | None)
         raise ArgumentError(f"cell '{name}': output: got {output!r}; expected the name of a state, one of {states}.")
     index = states.index(output) if output is not None else len(states) - 1
     key = f"{step.__module__}.{step.__qualname__}#{next(_serial)}"
-    made = Cell(step, name, states, inputs, params, structure, width, index, key)
-    object.__setattr__(made, "__doc__", step.__doc__)
-    _registry[key] = made
+    facts = (structure, width, index)
+    biased = Cell(
+        _shifted(step, len(states), len(inputs)), name, states, inputs, (*params, *(f"b_{x}" for x in inputs)), *facts, f"{key}+b"
+    )  # fmt: skip
+    made = Cell(step, name, states, inputs, params, *facts, key, biased)
+    for new in (made, biased):
+        object.__setattr__(new, "__doc__", step.__doc__)
+        _registry[new.key] = new
     return made
+
+
+def _shifted(step: Callable[..., Any], slots: int, inputs: int) -> Callable[..., Any]:
+    def shifted(*args: Tensor) -> Any:
+        moved = [x + b for x, b in zip(args[slots : slots + inputs], args[-inputs:], strict=True)]
+        return step(*args[:slots], *moved, *args[slots + inputs : -inputs])
+
+    return shifted
 
 
 def _roles(step: types.FunctionType, name: str) -> dict[str, str]:

@@ -154,11 +154,12 @@ class RNN(nn.Module):
         self._check(x_t.unsqueeze(1), h, None)
         finals, out = [], x_t
         for layer, suffix in self._directions():
-            inputs = self._project(out.unsqueeze(1), suffix)[:, 0].flatten(2)
+            cell, inputs, params = self.prepared(out.unsqueeze(1), suffix)
+            inputs = inputs[:, 0].flatten(2)
             dtype = compute_dtype(inputs.dtype)
             shape = (inputs.shape[0], len(self.cell.states), self.hidden_size)
             state = inputs.new_zeros(shape, dtype=dtype) if h is None else h[layer]
-            state = advance(self.cell, state, inputs, self.recurrent(suffix), inplace)
+            state = advance(cell, state, inputs, params, inplace)
             out = state[:, self.cell.output].to(inputs.dtype)
             finals.append(state)
         if inplace and h is not None:
@@ -176,28 +177,33 @@ class RNN(nn.Module):
         found = [getattr(self, f"weight_hh_{suffix}_{name}") for name in self.cell.params]
         return [_Clip.apply(p, clip) if clip and p.dim() == 1 else p for p in found]  # type: ignore[misc]
 
-    def _project(self, x: Tensor, suffix: str) -> Tensor:
-        """(B, T, D) -> the cell's inputs (B, T, G, C), or with heads (B, T, G, H, C / H), as their matrix products leave them."""
+    def prepared(self, x: Tensor, suffix: str = "l0") -> tuple[Cell, Tensor, list[Tensor]]:
+        """What a layer and direction runs over x (B, T, D): a cell, its inputs (B, T, G, C) or, as products by heads leave them,
+        (B, T, G, H, C / H), and its parameters. Kernels add the bias, as parameters of the cell, without a pass over the inputs."""
         weight, bias = getattr(self, f"weight_ih_{suffix}"), getattr(self, f"bias_{suffix}")
-        gates = (len(self.cell.inputs), self.hidden_size)
+        cell, params = self.cell, self.recurrent(suffix)
+        kernels = x.is_cuda or getattr(self.solver, "backend", None) == "triton"
+        if bias is not None and kernels and cell.structure == "channelwise" and cell.with_bias:
+            cell, params, bias = cell.with_bias, [*params, *bias.unbind(0)], None
+        gates = (len(cell.inputs), self.hidden_size)
         if self.num_heads == 1:
-            return nn.functional.linear(x, weight[0], None if bias is None else bias.flatten()).unflatten(-1, gates)
+            flat = None if bias is None else bias.flatten()
+            return cell, nn.functional.linear(x, weight[0], flat).unflatten(-1, gates), params
         z = torch.einsum("bthi,hoi->btho", x.unflatten(-1, (self.num_heads, -1)), weight)
         z = z.unflatten(-1, (gates[0], -1)).transpose(2, 3)
-        return z if bias is None else z + bias.unflatten(1, (self.num_heads, -1)).to(z.dtype)
+        return cell, z if bias is None else z + bias.unflatten(1, (self.num_heads, -1)).to(z.dtype), params
 
     def _direction(
         self, x: Tensor, h_0: Tensor | None, suffix: str, reset: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        z, reverse = self._project(x, suffix), suffix.endswith("_reverse")
+        (cell, z, params), reverse = self.prepared(x, suffix), suffix.endswith("_reverse")
         dtype = compute_dtype(z.dtype)
         if h_0 is None:
             h_0 = z.new_zeros(z.shape[0], len(self.cell.states), self.hidden_size, dtype=dtype)
-        params = self.recurrent(suffix)
-        params = [p.to(dtype) for p in params] if z.dtype != dtype else [p.to(z.dtype) for p in params]
+        params = [p.to(dtype) for p in params]
         options: dict[str, Any] = {"solver": self.solver} if self.solver is not None else {}
         if lengths is None:
-            return self._scan(self.cell, z, params or None, h_0, reset=reset, reverse=reverse, **options)
+            return self._scan(cell, z, params or None, h_0, reset=reset, reverse=reverse, **options)
         z = z.flatten(3)
         t, ends = torch.arange(z.shape[1], device=z.device), lengths.to(z.device)[:, None]
         if reverse:  # each sequence turned around within its own length
@@ -207,7 +213,7 @@ class RNN(nn.Module):
                 reset = reset.gather(1, (ends - t).clamp(0, z.shape[1] - 1)) & (t > 0) & (t < ends)
         stop = t == ends
         reset = stop if reset is None else reset | stop
-        states, _ = self._scan(self.cell, z, params or None, h_0, reset=reset, return_states=True, **options)
+        states, _ = self._scan(cell, z, params or None, h_0, reset=reset, return_states=True, **options)
         final = states.gather(1, (ends - 1)[:, :, None, None].expand(-1, 1, *states.shape[2:])).squeeze(1).to(h_0.dtype)
         y = states[:, :, self.cell.output]
         if reverse:

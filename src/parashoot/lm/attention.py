@@ -59,9 +59,19 @@ def rotated(x: Tensor, start: int) -> Tensor:
     Angles and products are in float32 or better.
     """
     exact, half = torch.promote_types(x.dtype, torch.float32), x.shape[-1] // 2
-    t = torch.arange(start, start + x.shape[1], device=x.device, dtype=exact)
-    angle = t[:, None] * BASE ** -(torch.arange(half, device=x.device, dtype=exact) / half)
-    angle = angle.view(-1, *[1] * (x.dim() - 3), half)
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x.to(exact).chunk(2, -1)
+    table = rotations(start, x.shape[1], half, exact, x.device).view(2, x.shape[1], *[1] * (x.dim() - 3), half)
+    (cos, sin), (a, b) = table.unbind(0), x.to(exact).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+@torch.library.custom_op("parashoot::rotations", mutates_args=())
+def rotations(start: int, time: int, half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Cosines and sines (2, T, n / 2) of the angles. An operator, or a compiler would compute them for every element of x again."""
+    t = torch.arange(start, start + time, device=device, dtype=dtype)
+    angle = t[:, None] * BASE ** -(torch.arange(half, device=device, dtype=dtype) / half)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+@rotations.register_fake
+def _(start, time, half, dtype, device):
+    return torch.empty(2, time, half, dtype=dtype, device=device)

@@ -7,7 +7,6 @@ at a time, and their gradient is taken in the same pass.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
@@ -33,11 +32,10 @@ def next_token_loss(
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
     hidden, device = hidden.flatten(0, 1), hidden.device.type
-    by_kernel = hidden.is_cuda and not torch.compiler.is_compiling() and _has_kernel()
-    total = _total_by_kernel if by_kernel else _total
     low = working(hidden)
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
-        summed, z_part = total(low, weight, targets, z_loss)
+        summed, z_part = _InPieces.apply(low, weight, targets, z_loss, wanted)  # type: ignore[misc]
     if num_items is None:
         num_items = (targets != IGNORED).sum().clamp(min=1)
     return summed / num_items, z_part.detach() / num_items
@@ -50,24 +48,6 @@ def token_losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     return torch.cat([F.cross_entropy(head(h).to(exact), t, reduction="none") for h, t in pieces]).view_as(targets)
 
 
-def _total(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _InPieces.apply(hidden, weight, targets, z_loss, wanted)  # type: ignore[return-value]
-
-
-@functools.cache
-def _has_kernel() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
-
-
-def _total_by_kernel(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
-
-    options: Any = {"lse_square_scale": z_loss, "reduction": "sum", "return_z_loss": True, "accum_dtype": torch.float32}
-    found = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, **options)(weight.to(hidden.dtype), hidden, targets)
-    return found.loss, found.z_loss
-
-
 class _InPieces(torch.autograd.Function):
     """The sums over tokens; the gradients are made in the forward pass and only scaled in the backward one."""
 
@@ -78,22 +58,17 @@ class _InPieces(torch.autograd.Function):
         total = z_part = hidden.new_zeros((), dtype=exact)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.zeros_like(weight, dtype=exact) if wanted else None
+        score = _compiled_score() if hidden.is_cuda and not torch.compiler.is_compiling() else _score
         for start in range(0, hidden.shape[0], ROWS):
-            h, target = hidden[start : start + ROWS], targets[start : start + ROWS]
-            scored = target != IGNORED
-            index = target.where(scored, 0).unsqueeze(1)
-            logits = (h @ low.T).to(exact)
-            lse = logits.logsumexp(-1)
-            square = z_loss * lse.square()
-            z_part = z_part + square.where(scored, 0.0).sum()
-            total = total + (lse - logits.gather(1, index).squeeze(1) + square).where(scored, 0.0).sum()
+            h = hidden[start : start + ROWS]
+            losses, squares, d_logits = score(h @ low.T, targets[start : start + ROWS], z_loss)
+            total, z_part = total + losses, z_part + squares
             if d_hidden is not None and d_weight is not None:
-                # d (lse - logit + z lse^2) / d logits = (1 + 2 z lse) softmax - onehot
-                scale = (1 + 2 * z_loss * lse).where(scored, 0.0).unsqueeze(1)
-                d_logits = (logits - lse.unsqueeze(1)).exp_().mul_(scale)
-                d_logits = d_logits.scatter_add_(1, index, -scored.to(exact).unsqueeze(1)).to(h.dtype)
                 d_hidden[start : start + ROWS] = d_logits @ low
-                d_weight += d_logits.T @ h
+                if hidden.is_cuda and exact != hidden.dtype:
+                    torch.addmm(d_weight, d_logits.T, h, out_dtype=exact, out=d_weight)  # summed in float32
+                else:
+                    d_weight += d_logits.T @ h
         if wanted:
             ctx.save_for_backward(d_hidden, d_weight)
             ctx.dtype = weight.dtype
@@ -105,3 +80,23 @@ class _InPieces(torch.autograd.Function):
     def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * grad.to(d_hidden.dtype), (d_weight * grad).to(ctx.dtype), None, None, None
+
+
+def _score(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over tokens of the loss and of the z-loss in it, and the gradient of the former by the logits, in their dtype."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scored = (targets != IGNORED).unsqueeze(1)
+    index = targets.unsqueeze(1).where(scored, 0)
+    lse = exact.logsumexp(-1, keepdim=True)
+    square = (z_loss * lse.square()).where(scored, 0.0)
+    loss = (lse - exact.gather(1, index)).where(scored, 0.0) + square
+    # d (lse - logit + z lse^2) / d logits = (1 + 2 z lse) softmax - onehot
+    hit = torch.arange(logits.shape[1], device=logits.device) == index
+    gradient = (1 + 2 * z_loss * lse) * (exact - lse).exp() - hit.to(exact.dtype)
+    return loss.sum(), square.sum(), gradient.where(scored, 0.0).to(logits.dtype)
+
+
+@functools.cache
+def _compiled_score() -> Any:
+    """`_score` as two passes over the logits instead of a dozen."""
+    return torch.compile(_score, dynamic=False)
