@@ -18,9 +18,11 @@ def test_shipped_cells_pass(name: str):
     assert "gradient error" in str(report)
 
 
-def test_layer_passes():
-    report = ps.verify(ps.ParaLSTM(6, 8, 2, bidirectional=True), torch.randn(2, 40, 6))
-    assert report.passed
+@pytest.mark.parametrize(
+    "layer", [ps.ParaLSTM(6, 8, 2, bidirectional=True), ps.ParaGRU(6, 8, num_heads=2)], ids=["both ways", "heads"]
+)
+def test_layer_passes(layer):
+    assert ps.verify(layer, torch.randn(2, 40, 6)).passed
 
 
 def test_loose_tolerance_fails():

@@ -486,6 +486,28 @@ def test_a_kernel_that_cannot_run_says_why(cell, dtype, options, reason):
     assert ps.scan(cell, x, tuple(params) or None, h0, solver=asked, return_info=True)[2].backend == "torch"
 
 
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_a_layer_has_its_bias_added_by_the_kernel(cell, tiling):
+    tiling(LED)
+    layer = ps.RNN(SHIPPED[cell], 6, 12, num_heads=2, solver=KERNEL).to(DEVICE)
+    torch.nn.init.normal_(layer.get_parameter("bias_l0"))
+    x = torch.randn(2, 40, 6, device=DEVICE)
+    assert layer.prepared(x)[0].params[-1].startswith("b_")
+    names = ("weight_ih_l0", "bias_l0", "weight_hh_l0")
+    y = layer(x)[0]
+    got = torch.autograd.grad(y.square().sum(), [layer.get_parameter(n) for n in names])
+
+    exact = leaves(*(layer.get_parameter(n).double() for n in names))
+    weight, bias, recurrent = exact
+    z = torch.stack([half @ w.T for half, w in zip(x.double().chunk(2, -1), weight, strict=True)], 2)  # (B, T, H, G C / H)
+    z = z.unflatten(3, (len(bias), -1)).movedim(3, 2).flatten(3) + bias
+    states = loop(layer.cell, z, recurrent.unbind(0), z.new_zeros(2, len(layer.cell.states), 12))
+    want = states[:, :, layer.cell.output]
+    assert relative(y.double(), want) <= 1e-5
+    for g, w in zip(got, torch.autograd.grad(want.square().sum(), exact), strict=True):
+        assert relative(g.double(), w) <= 1e-4
+
+
 def test_a_layer_with_heads_compiles_without_a_break(tiling):
     tiling(Tiling(64, 1, 4, 3, 3, 12, 2, 32))
     layer = ps.ParaGRU(256, 256, num_heads=2, solver=KERNEL).to(DEVICE)

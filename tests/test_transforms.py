@@ -21,7 +21,7 @@ def test_opcheck(structure, options):
     x, params, h0 = random_problem(cell, 2, 12, 8, dtype=torch.float32)
     x, h0, *params = leaves(x, h0, *params)
     reset, reverse, all_states = options
-    arguments = (x, params, h0, reset, cell.key, reverse, all_states, True, *encode(ps.MultipleShooting(5)))
+    arguments = (x, params, h0, reset, cell.key, reverse, all_states, True, True, *encode(ps.MultipleShooting(5)))
     torch.library.opcheck(torch.ops.parashoot.scan.default, arguments)
 
 

@@ -119,9 +119,8 @@ def _verify_layer(layer: Any, x: Tensor, seed: int) -> Report:
         infos.append(info)
         return tuple(result)
 
-    def looped(*args: Any, solver: Any = None, **options: Any) -> Any:
-        y, h_n = loop(*args, **options)
-        return y, h_n
+    def looped(cell: Any, x: Tensor, *args: Any, solver: Any = None, **options: Any) -> Any:
+        return loop(cell, x.flatten(3), *args, **options)
 
     def runner(run_scan: Callable) -> Callable[..., Tensor]:
         def run(x: Tensor, *ps: Tensor) -> Tensor:

@@ -83,15 +83,15 @@ def _forward_by_kernels(
 @torch.library.custom_op("parashoot::scan", mutates_args=())
 def scan_op(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: str, reverse: bool, all_states: bool, save: bool,
-    length: int, tol: float, max_iters: int, jacobian: str, backend: str,
+    report: bool, length: int, tol: float, max_iters: int, jacobian: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`_forward` as an operator: the cell by its key, the solver as plain arguments, stats as a tensor."""
+    """`_forward` as an operator: the cell by its key, the solver as plain arguments, stats as a tensor; facts summed up if `report`."""
     solver = _decode(length, tol, max_iters, jacobian, backend)
     made = get_cell(cell)
     plan, found = plan_for(made, x, as_seen(made, params, compute_dtype(x.dtype)), solver)
     given = x.flatten(3) if plan.tiling is None else x
     y, h_n, saved, stats, facts = _forward(given, params, h0, reset, made, reverse, all_states, save, plan, found)
-    seen = summary(facts) if facts is not None else x.new_zeros(3, dtype=torch.float32)
+    seen = summary(facts) if report and facts is not None else torch.zeros(3, device=x.device)
     return y, h_n, saved, torch.tensor(stats, dtype=torch.float64), seen
 
 
@@ -108,7 +108,7 @@ def _needs_saved(cell: Cell, x: Tensor, all_states: bool, backend: str) -> bool:
 
 
 @scan_op.register_fake
-def _(x, params, h0, reset, cell, reverse, all_states, save, length, tol, max_iters, jacobian, backend):
+def _(x, params, h0, reset, cell, reverse, all_states, save, report, length, tol, max_iters, jacobian, backend):
     made = get_cell(cell)
     b, t, _, c = sizes(x)
     slots = len(made.states)
@@ -160,13 +160,14 @@ def scan_backward_op(
     dy: Tensor | None, dh_n: Tensor | None, x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, states: Tensor,
     stats: Tensor, cell: str, reverse: bool,
     length: int, tol: float, max_iters: int, jacobian: str, backend: str,
-) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """`_gradients` as an operator."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_gradients` as an operator, those of the parameters in a row, for it may return no views of one tensor."""
     solver = _decode(length, tol, max_iters, jacobian, backend)
     number = float(stats[3])
     d_x, d_params, d_h0 = _gradients(dy, dh_n, x, params, h0, reset, states, number, get_cell(cell), reverse, solver)
-    # Kernels sum all parameters in one tensor, and an operator may return no views.
-    return d_x, [g.clone() for g in d_params], d_h0
+    exact = compute_dtype(x.dtype)
+    flat = torch.cat([g.to(exact).flatten() for g in d_params]) if d_params else x.new_empty(0, dtype=exact)
+    return d_x, flat, d_h0
 
 
 def _solve_backward(
@@ -201,7 +202,7 @@ def _solve_backward(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, params, h0, reset, cell, reverse, all_states, save, *solver = inputs
+    x, params, h0, reset, cell, reverse, all_states, save, _, *solver = inputs
     y, _, saved, stats, facts = output
     ctx.mark_non_differentiable(saved, stats, facts)
     ctx.set_materialize_grads(False)
@@ -217,11 +218,17 @@ def _backward(ctx, dy, dh_n, _saved, _stats, _facts):
         raise GradientError(
             "backward through a scan that ran without gradients enabled. Call ps.scan under torch.enable_grad()."
         )
-    nothing = [None] * 10
+    nothing = [None] * 11
     if dy is None and dh_n is None:
         return None, [None] * len(params), None, *nothing
-    d_x, d_params, d_h0 = scan_backward_op(dy, dh_n, x, params, h0, reset, states, stats, *ctx.options)
+    d_x, d_params, d_h0 = _backward_by_operator(dy, dh_n, x, params, h0, reset, states, stats, *ctx.options)
     return d_x, d_params, d_h0, *nothing
+
+
+def _backward_by_operator(dy, dh_n, x, params: list[Tensor], *rest) -> tuple[Tensor, list[Tensor], Tensor]:
+    d_x, flat, d_h0 = scan_backward_op(dy, dh_n, x, params, *rest)
+    parts = flat.split([p.numel() for p in params])
+    return d_x, [g.view(p.shape).to(p.dtype) for g, p in zip(parts, params, strict=True)], d_h0
 
 
 scan_op.register_autograd(_backward, setup_context=_setup_context)
@@ -231,7 +238,7 @@ scan_op.register_autograd(_backward, setup_context=_setup_context)
 def _(dy, dh_n, x, params, h0, *rest):
     return (
         gradient_like(x),
-        [p.new_empty(p.shape) for p in params],
+        x.new_empty(sum(p.numel() for p in params), dtype=compute_dtype(x.dtype)),
         h0.new_empty(h0.shape),
     )
 
@@ -272,21 +279,23 @@ class _Direct(torch.autograd.Function):
         ):  # create_graph: through the operator, which refuses a second derivative when asked for it
             stats = torch.tensor([0.0, 0.0, 0.0, number], dtype=torch.float64)
             options = (cell.key, reverse, *encode(solver))
-            d_x, d_params, d_h0 = scan_backward_op(dy, dh_n, x, params, h0, reset, states, stats, *options)
+            d_x, d_params, d_h0 = _backward_by_operator(dy, dh_n, x, params, h0, reset, states, stats, *options)
         else:
             d_x, d_params, d_h0 = _gradients(dy, dh_n, x, params, h0, reset, states, *ctx.options)
         return *[None] * 7, d_x, d_h0, None, *d_params
 
 
 def run(
-    x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool, solver: Solver
+    x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool,
+    solver: Solver, report: bool,
 ) -> tuple[Tensor, Tensor, Tensor | list[float], Tensor | None]:  # fmt: skip
     """(y, h_n, stats, facts or their summary), directly on plain tensors, through the operator when compiling or on tensor subclasses."""
     if x.dim() == 5 and x.shape[4] % WIDEST:
         x = x.flatten(3)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, *params))
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        y, h_n, _, stats, facts = scan_op(x, params, h0, reset, cell.key, reverse, all_states, save, *encode(solver))
+        options = (cell.key, reverse, all_states, save, report, *encode(solver))
+        y, h_n, _, stats, facts = scan_op(x, params, h0, reset, *options)
         return y, h_n, stats, facts
     plan, found = plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)
     x = x.flatten(3) if plan.tiling is None else x

@@ -84,7 +84,7 @@ def scan(
             bad_type(name, value, "True or False")
     if h0 is None:
         h0 = x.new_zeros(x.shape[0], len(cell.states), sizes(x)[3])
-    y, h_n, stats, facts = run(x, params, h0, reset, cell, reverse, return_states, solver)
+    y, h_n, stats, facts = run(x, params, h0, reset, cell, reverse, return_states, solver, return_info)
     return (y, h_n, ScanInfo(stats, facts)) if return_info else (y, h_n)
 
 
