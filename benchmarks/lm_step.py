@@ -35,7 +35,7 @@ from parashoot.lm.config import ParaRNNConfig
 from parashoot.lm.presets import preset
 from parashoot.lm.processes import Processes, processes
 from parashoot.lm.train_config import TrainConfig
-from parashoot.lm.update import Batch, Late, Training
+from parashoot.lm.update import Batch, Late, Training, settle
 
 PEAK = 989e12  # FLOP/s of an H100 or H200 in dense bf16
 WARM = 2
@@ -128,6 +128,7 @@ def measure(
         inner = count - (embedding.numel() if embedding is not training.model.get_output_embeddings().weight else 0)
         row |= {"precision": "bf16" if training.bf16 else "fp32", "parameters": count, "without_embedding": inner}
         timed(training, WARM)
+        settle()
         row["ready_s"] = time.perf_counter() - begun
         times = timed(training, options.steps)
         second = statistics.median(times)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,12 @@ class Late:
         if self._there is not None:
             self._there.synchronize()
         return self._values.tolist()
+
+
+def settle() -> None:
+    """Keep all objects there are now, compilers' among them, out of later garbage collections, which would take as long as a step."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass
