@@ -499,7 +499,9 @@ def test_a_layer_has_its_bias_added_by_the_kernel(cell, tiling):
 
     exact = leaves(*(layer.get_parameter(n).double() for n in names))
     weight, bias, recurrent = exact
-    z = torch.stack([half @ w.T for half, w in zip(x.double().chunk(2, -1), weight, strict=True)], 2)  # (B, T, H, G C / H)
+    z = torch.stack(
+        [half @ w.T for half, w in zip(x.double().chunk(2, -1), weight, strict=True)], 2
+    )  # (B, T, H, G C / H)
     z = z.unflatten(3, (len(bias), -1)).movedim(3, 2).flatten(3) + bias
     states = loop(layer.cell, z, recurrent.unbind(0), z.new_zeros(2, len(layer.cell.states), 12))
     want = states[:, :, layer.cell.output]

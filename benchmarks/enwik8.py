@@ -1,0 +1,156 @@
+"""Language models on enwik8: the recipes' learning rates found on the validation split, then their results on the test split.
+
+    python benchmarks/enwik8.py sweep [--steps 600] [--jobs 4]     # every model at its three rates, and the GRU's variants
+    python benchmarks/enwik8.py final [--steps 5000] [--jobs 1]    # each model at its best rate of the sweep, then `parashoot eval`
+    python benchmarks/enwik8.py table                              # prints the results as Markdown
+
+Needs data/enwik8 (`parashoot data data/enwik8 enwik8`). Runs lie in runs/enwik8, finished ones are not run again; rows go to --out. `--jobs`
+runs share a GPU, so their own times say little: `benchmarks/lm_step.py` measures a step of the same models on a GPU of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Queue
+from threading import Lock
+from typing import Any
+
+import torch
+
+from parashoot.bench.results import facts
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/enwik8")
+RATES = {
+    "gated-delta": (1e-3, 2e-3, 4e-3), "transformer": (5e-4, 1e-3, 2e-3), "paragru": (2e-3, 4e-3, 8e-3), "paralstm": (2e-3, 4e-3, 8e-3),
+}  # fmt: skip
+VARIANTS = {"heads 1": {"num_heads": 1}, "heads 8": {"num_heads": 8}, "state x2": {"state_expansion": 2}}
+"""Changes to the GRU, run at its middle rate."""
+
+
+@dataclass
+class Job:
+    """One run: a recipe, what is changed of it, and what its row says beside the result."""
+
+    recipe: str
+    steps: int
+    rate: float
+    kind: str
+    variant: str = ""
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> Path:
+        return RUNS / f"{self.kind}-{self.recipe}-{self.variant.replace(' ', '-')}-{self.rate:g}-{self.steps}"
+
+    def run(self, gpu: str) -> dict[str, Any]:
+        """Train, evaluate a final run, and return the row."""
+        config = json.loads((HERE.parent / f"recipes/enwik8-{self.recipe}.json").read_text())
+        config |= {"steps": self.steps, "learning_rate": self.rate, "checkpoint_every": 1000}
+        config["model"] |= self.changes
+        path = self.directory.with_suffix(".json")
+        path.write_text(json.dumps(config, indent=2))
+        report = self.directory / "report.json"
+        row: dict[str, Any] = {
+            "kind": self.kind, "model": self.recipe, "variant": self.variant, "learning_rate": self.rate, "steps": self.steps,
+            "tokens": self.steps * config["batch_size"] * config["sequence_length"],
+        }  # fmt: skip
+        if not report.is_file():
+            begun = (self.directory / "latest").exists()
+            where = ["--resume", str(self.directory)] if begun else ["--out", str(self.directory), "--overwrite"]
+            _parashoot(gpu, path, "train", str(path), *where)
+        found = json.loads(report.read_text())
+        row |= {k: found[k] for k in ("validation_bits_per_byte", "minutes", "tokens_per_s")}
+        if self.kind == "final":
+            text = _parashoot(gpu, path, "eval", str(self.directory), "--split", "test", "--streams", "32")
+            row["test_bits_per_byte"] = float(re.findall(r"bits per byte\s+([\d.]+)", text)[0])
+        return row
+
+
+def _parashoot(gpu: str, log: Path, *arguments: str) -> str:
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
+    command = [sys.executable, "-m", "parashoot", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    log.with_suffix(".txt").write_text(done.stdout + done.stderr)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def sweep(steps: int) -> list[Job]:
+    jobs = [Job(model, steps, rate, "sweep") for model, rates in RATES.items() for rate in rates]
+    middle = RATES["paragru"][1]
+    jobs += [Job("paragru", steps, middle, "sweep", name, changes) for name, changes in VARIANTS.items()]
+    # Its kernels tune themselves for minutes, once: later runs find the result on the disk.
+    return sorted(jobs, key=lambda job: job.recipe == "gated-delta" and job.rate != RATES[job.recipe][0])
+
+
+def final(steps: int, rows: list[dict[str, Any]]) -> list[Job]:
+    found = [r for r in rows if r["kind"] == "sweep" and not r["variant"]]
+    best = {r["model"]: r for r in sorted(found, key=lambda r: -r["validation_bits_per_byte"])}  # the last one stays
+    return [Job(model, steps, row["learning_rate"], "final") for model, row in best.items()]
+
+
+def run(jobs: list[Job], lanes: int, out: Path, where: dict[str, Any]) -> None:
+    """All jobs, `lanes` at a time on each GPU; rows are written as they come."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    places, lock = Queue[str](), Lock()
+    for _ in range(lanes):
+        for gpu in range(max(1, torch.cuda.device_count())):
+            places.put(str(gpu) if torch.cuda.is_available() else "")
+
+    def one(job: Job) -> None:
+        gpu = places.get()
+        try:
+            row = job.run(gpu)
+        finally:
+            places.put(gpu)
+        with lock, out.open("a") as file:
+            file.write(json.dumps({**row, "jobs_a_gpu": lanes, **where}) + "\n")
+            print(f"{row['model']:12} {row['variant']:9} {row['learning_rate']:g}: "
+                  f"{row['validation_bits_per_byte']:.4f} {row.get('test_bits_per_byte', '')}", flush=True)  # fmt: skip
+
+    with ThreadPoolExecutor(places.qsize()) as pool:
+        list(pool.map(one, jobs))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of the sweep and of the results on the test split."""
+    lines = ["| model | rate | steps | validation | test |", "|---|---|---|---|---|"]
+    for r in sorted(rows, key=lambda r: (r["kind"], r["model"], r["variant"], r["learning_rate"])):
+        test = f"{r['test_bits_per_byte']:.4f}" if "test_bits_per_byte" in r else ""
+        name = f"{r['model']}, {r['variant']}" if r["variant"] else r["model"]
+        lines.append(
+            f"| {name} | {r['learning_rate']:g} | {r['steps']} | {r['validation_bits_per_byte']:.4f} | {test} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Sweeps and results on enwik8.")
+    parser.add_argument("what", choices=("sweep", "final", "table"))
+    parser.add_argument("--steps", type=int, help="of each run (default: 600 for the sweep, 5000 for the results)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs that share a GPU (default: 1)")
+    parser.add_argument("--models", nargs="+", choices=tuple(RATES), default=tuple(RATES))
+    parser.add_argument("--commit", metavar="HASH", help="what the rows call this version (default: git's)")
+    parser.add_argument("--out", type=Path, default=HERE / "results/enwik8.jsonl", help="rows are added here")
+    options = parser.parse_args()
+    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    if options.what == "table":
+        print(table(rows))
+        return
+    jobs = sweep(options.steps or 600) if options.what == "sweep" else final(options.steps or 5000, rows)
+    where = facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.commit)
+    run([job for job in jobs if job.recipe in options.models], options.jobs, options.out, where)
+
+
+if __name__ == "__main__":
+    main()
