@@ -1,7 +1,7 @@
 """One training step of a language model, as `parashoot train` runs it, on random tokens: time, tokens a second, MFU, memory.
 
-A model is the name of a preset and changes to it: `400M`, `400M:lstm` (a cell, or else a mixer), `7B:cell=gru,num_heads=8`. A shape is
-windows x tokens, over all processes together. MFU is 6 N tokens / (time x processes x 989 TFLOP/s), N the parameters without the
+A model is the name of a preset and changes to it: `400M`, `400M:lstm` (a cell, or else a mixer), `7B:cell=gru,num_heads=8`; or a recipe,
+`recipes/enwik8-paragru.json`. A shape is windows x tokens, over all processes together. MFU is 6 N tokens / (time x processes x 989 TFLOP/s), N the parameters without the
 input embedding, for the dense bf16 peak of an H100 or H200; what attention costs beyond its matrices is not counted. Times are medians
 over the steps after the first two, which compile and warm up ("ready"); memory is the peak of one process.
 
@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from parashoot import cells
 from parashoot.bench.results import facts
 from parashoot.lm.config import ParaRNNConfig
+from parashoot.lm.models import model_config
 from parashoot.lm.presets import preset
 from parashoot.lm.processes import Processes, processes
 from parashoot.lm.train_config import TrainConfig
@@ -43,7 +44,9 @@ Interval = tuple[str, float, float]
 
 
 def find_model(text: str) -> ParaRNNConfig:
-    """The configuration that "PRESET:CHANGES" names; a change is NAME=VALUE, or a bare cell or mixer."""
+    """The configuration in a recipe (a .json file), or that "PRESET:CHANGES" names; a change is NAME=VALUE, or a bare cell or mixer."""
+    if text.endswith(".json"):
+        return model_config(json.loads(Path(text).read_text())["model"])
     name, _, changes = text.partition(":")
     pairs = [
         c.split("=", 1) if "=" in c else ["cell" if hasattr(cells, c) else "mixer", c] for c in changes.split(",") if c
