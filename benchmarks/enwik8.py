@@ -4,7 +4,7 @@
     python benchmarks/enwik8.py final [--steps 5000] [--jobs 1]    # each model at its best rate of the sweep, then `parashoot eval`
     python benchmarks/enwik8.py table                              # prints the results as Markdown
 
-Needs data/enwik8 (`parashoot data data/enwik8 enwik8`). Runs lie in runs/enwik8, finished ones are not run again; rows go to --out. `--jobs`
+Needs data/enwik8 (`parashoot data data/enwik8 enwik8`). Runs lie in runs/enwik8; rows go to --out, and what has one there is not run again. `--jobs`
 runs share a GPU, so their own times say little: `benchmarks/lm_step.py` measures a step of the same models on a GPU of its own.
 """
 
@@ -34,6 +34,7 @@ RATES = {
 }  # fmt: skip
 VARIANTS = {"heads 1": {"num_heads": 1}, "heads 8": {"num_heads": 8}, "state x2": {"state_expansion": 2}}
 """Changes to the GRU, run at its middle rate."""
+NAMES = ("kind", "model", "variant", "learning_rate", "steps")
 
 
 @dataclass
@@ -51,6 +52,12 @@ class Job:
     def directory(self) -> Path:
         return RUNS / f"{self.kind}-{self.recipe}-{self.variant.replace(' ', '-')}-{self.rate:g}-{self.steps}"
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind, "model": self.recipe, "variant": self.variant, "learning_rate": self.rate, "steps": self.steps
+        }  # fmt: skip
+
     def run(self, gpu: str) -> dict[str, Any]:
         """Train, evaluate a final run, and return the row."""
         config = json.loads((HERE.parent / f"recipes/enwik8-{self.recipe}.json").read_text())
@@ -59,10 +66,7 @@ class Job:
         path = self.directory.with_suffix(".json")
         path.write_text(json.dumps(config, indent=2))
         report = self.directory / "report.json"
-        row: dict[str, Any] = {
-            "kind": self.kind, "model": self.recipe, "variant": self.variant, "learning_rate": self.rate, "steps": self.steps,
-            "tokens": self.steps * config["batch_size"] * config["sequence_length"],
-        }  # fmt: skip
+        row = self.facts | {"tokens": self.steps * config["batch_size"] * config["sequence_length"]}
         if not report.is_file():
             begun = (self.directory / "latest").exists()
             where = ["--resume", str(self.directory)] if begun else ["--out", str(self.directory), "--overwrite"]
@@ -149,7 +153,11 @@ def main() -> None:
         return
     jobs = sweep(options.steps or 600) if options.what == "sweep" else final(options.steps or 5000, rows)
     where = facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.commit)
-    run([job for job in jobs if job.recipe in options.models], options.jobs, options.out, where)
+    known = [tuple(row[name] for name in NAMES) for row in rows]
+    jobs = [
+        job for job in jobs if job.recipe in options.models and tuple(job.facts[name] for name in NAMES) not in known
+    ]
+    run(jobs, options.jobs, options.out, where)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from parashoot.lm.models import model_config
 from parashoot.lm.presets import preset
 from parashoot.lm.processes import Processes, processes
 from parashoot.lm.train_config import TrainConfig
-from parashoot.lm.update import Batch, Late, Training, settle
+from parashoot.lm.update import Batch, Late, Training, between, mark, settle
 
 PEAK = 989e12  # FLOP/s of an H100 or H200 in dense bf16
 WARM = 2
@@ -76,29 +76,15 @@ def random_batch(training: Training) -> Batch:
 def timed(training: Training, steps: int) -> list[float]:
     """Seconds of each step, the results of one read while the next one runs, as in training."""
     late: list[Late] = []
-    marks = [_mark(training.device)]
+    marks = [mark(training.device)]
     for _ in range(steps):
         late.append(training.update(random_batch(training), training.config.learning_rate))
-        marks.append(_mark(training.device))
+        marks.append(mark(training.device))
         if len(late) > 1:
             late.pop(0).read()
     if bool(training.failed):
         raise SystemExit("a loss or a gradient was not finite")
-    return [_between(*pair) for pair in itertools.pairwise(marks)]
-
-
-def _mark(device: torch.device) -> Any:
-    """This moment, on a GPU that at which it gets here."""
-    if device.type == "cpu":
-        return time.perf_counter()
-    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
-
-
-def _between(a: Any, b: Any) -> float:
-    if isinstance(a, float):
-        return b - a
-    b.synchronize()
-    return a.elapsed_time(b) / 1e3
+    return [between(*pair) for pair in itertools.pairwise(marks)]
 
 
 def peak_memory(device: torch.device) -> float:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from .interrupt import Interrupt
 from .log import LOG, TENSORBOARD, Log, cut_log
 from .processes import Processes, precision
 from .train_config import FREE, TrainConfig
-from .update import Batch, Late, Training, settle
+from .update import Batch, Late, Training, between, mark, settle
 from .watch import first_non_finite, last_non_finite_gradient, solver_statistics
 
 CURVE, REPORT = "loss.png", "report.json"
@@ -29,8 +28,8 @@ CURVE, REPORT = "loss.png", "report.json"
 
 @dataclass
 class Run(Training):
-    """A run as it stands: after `step` updates and `seconds` of training. `saved`: its last checkpoint, None before the first;
-    `interrupted` by a signal."""
+    """A run as it stands: after `step` updates and `seconds` of training, the last one done at the mark `clock`. `saved`: its last
+    checkpoint, None before the first; `interrupted` by a signal."""
 
     directory: Path
     data: Data
@@ -39,7 +38,7 @@ class Run(Training):
     seconds: float = 0.0
     saved: Path | None = None
     interrupted: bool = False
-    clock: float = field(default_factory=time.perf_counter)
+    clock: Any = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -82,7 +81,7 @@ def train(
     queued: list[Queued] = []
     warm = run.step + 3  # by then everything is compiled
     with Interrupt() as interrupt, log:
-        run.clock = time.perf_counter()
+        run.clock = mark(run.device)
         while run.step < config.steps and not run.interrupted:
             queued.append(_queue(run))
             run.step += 1
@@ -94,7 +93,7 @@ def train(
                 log.write(_result(run, queued.pop(0)))
             if due:
                 _save(run)
-                run.clock = time.perf_counter()
+                run.clock = mark(run.device)
     return run
 
 
@@ -113,8 +112,8 @@ def _result(run: Run, queued: Queued) -> dict[str, Any]:
     """Wait for an update; what to log of it. Raises `DivergedError` on all processes if a number is not finite."""
     loss, extra, norm = queued.values.read()
     _check_finite(run, queued, {"loss": loss, "gradient norm": norm})
-    now, config, tokens = time.perf_counter(), run.config, run.windows.tokens
-    seconds, run.clock = now - run.clock, now
+    config, tokens, there = run.config, run.windows.tokens, queued.values.there
+    seconds, run.clock = between(run.clock, there), there
     run.seconds += seconds
     facts = {"step": queued.step, "loss": loss, "grad_norm": norm, **queued.facts}
     if config.z_loss:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +24,32 @@ def uses_bf16(config: TrainConfig, group: Processes) -> bool:
     return (config.precision or ("bf16" if group.device.type == "cuda" else "fp32")) == "bf16"
 
 
+def mark(device: torch.device) -> Any:
+    """This moment, on a GPU that at which it gets here."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
+
+
+def between(a: Any, b: Any) -> float:
+    """Seconds from one `mark` to a later one; waits for it."""
+    if isinstance(a, float):
+        return b - a
+    b.synchronize()
+    return a.elapsed_time(b) / 1e3
+
+
 class Late:
-    """Numbers on their way from the device; `read` waits for them, and not for what was queued after them."""
+    """Numbers on their way from the device; `read` waits for them, and not for what was queued after them. `there`: its mark."""
 
     def __init__(self, values: Tensor):
         self._values = values.to("cpu", non_blocking=True)
-        self._there = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+        self.there = mark(values.device)
 
     def read(self) -> list[float]:
         """The numbers."""
-        if self._there is not None:
-            self._there.synchronize()
+        if not isinstance(self.there, float):
+            self.there.synchronize()
         return self._values.tolist()
 
 
