@@ -13,21 +13,23 @@ GATES = {"GRU": 3, "LSTM": 4, "RNN_TANH": 1, "RNN_RELU": 1}
 
 
 class Machine(NamedTuple):
-    """Seconds to start a pass and a step; multiplications and additions a second; bytes a second at which weights are read."""
+    """Seconds to start a pass, and of a step (forward, backward) by mode; multiplications and additions a second, the same in
+    TF32 and in 16 bits; bytes a second at which weights are read; whether layers that run plainly share the latency of a step."""
 
     start: float
-    step: float
+    step: dict[str, tuple[float, float]]
     rate: float
     tf32: float
     half: float
     bandwidth: float
-    overlaps: bool  # layers and directions that run plainly share the latency of a step
+    overlaps: bool
 
 
 # Measured on two CPU cores and on an H100.
+_ON_CPU = {"GRU": (9e-6, 6e-5), "LSTM": (2.5e-6, 4e-6), "RNN_TANH": (3e-6, 1.8e-5), "RNN_RELU": (3e-6, 1.8e-5)}
 MACHINES = {
-    "cpu": Machine(1e-4, 1e-5, 1.2e11, 1.2e11, 6e10, 4.5e10, False),
-    "cuda": Machine(3e-4, 1.2e-5, 2.5e13, 1e14, 2e14, 3e12, True),
+    "cpu": Machine(3e-4, _ON_CPU, 1.2e11, 1.2e11, 6e10, 4.5e10, False),
+    "cuda": Machine(3e-4, dict.fromkeys(GATES, (1.2e-5, 1.2e-5)), 2.5e13, 1e14, 2e14, 3e12, True),
 }
 
 
@@ -58,29 +60,26 @@ class Cut(NamedTuple):
 
 
 _GAIN = 0.8  # of the plain time: less is not worth the risk of a wrong prediction
-_LENGTHS = tuple(n * k for k in (2**i for i in range(4, 14)) for n in (2, 3)) + (16, 24)
+_UNEVEN = 1.2  # chunks of two lengths run in kernels for packed sequences
+_LENGTHS = tuple(n * 2**i for i in range(2, 13) for n in (4, 5, 6, 7))
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(shape: Shape, horizons: tuple[tuple[int, int], ...]) -> tuple[Cut, ...] | None:
     """The cut of each layer and direction, given the steps in which it forgets (forward, backward); None: run plainly."""
-    found, seconds, plain, latency = [], 0.0, 0.0, MACHINES[shape.device].step * shape.time
-    weight = 3 if shape.training else 1
+    lengths = sorted({_even(n, shape.time) for n in _LENGTHS if 2 * n <= shape.time})
+    if not lengths:
+        return None
+    machine, found, seconds, plain = MACHINES[shape.device], [], 0.0, 0.0
     for k, horizon in enumerate(horizons):
-        whole = _pass(shape, k, shape.time)
-        lengths = {_even(n, shape.time) for n in sorted(_LENGTHS) if 2 * n <= shape.time}
-        if not lengths:
-            return None
-
-        def cost(length: int, k: int = k, horizon: tuple[int, int] = horizon) -> float:
-            forward, backward = fixed(length, horizon).passes
-            each = _pass(shape, k, length)
-            return each * (forward + backward) + each / 2 if shape.training else each * forward
-
-        best = min(sorted(lengths), key=cost)
-        seconds += cost(best)
-        plain += weight * (whole - latency if MACHINES[shape.device].overlaps and k else whole)
-        found.append(fixed(best, horizon)._replace(affordable=whole / _pass(shape, k, best)))
+        costs = {n: _cost(shape, k, n, fixed(n, horizon).passes) for n in lengths}
+        best = min(costs, key=costs.__getitem__)
+        seconds += costs[best]
+        plain += _cost(shape, k, shape.time, (1, 1))
+        if machine.overlaps and k:
+            plain -= shape.time * sum(machine.step[shape.mode][: 1 + shape.training])
+        affordable = _pass(shape, k, shape.time, 0) / _pass(shape, k, best, 0)
+        found.append(fixed(best, horizon)._replace(affordable=affordable))
     return tuple(found) if seconds < _GAIN * plain else None
 
 
@@ -95,13 +94,22 @@ def _even(length: int, time: int) -> int:
     return next((n for n in range(length, length + length // 4 + 1) if time % n == 0), length)
 
 
-def _pass(shape: Shape, k: int, length: int) -> float:
-    """Seconds of a forward pass of layer and direction k over chunks of that length."""
+def _cost(shape: Shape, k: int, length: int, passes: tuple[int, int]) -> float:
+    """Seconds of layer and direction k: passes forward, and in training backward and for the weights."""
+    forward = passes[0] * _pass(shape, k, length, 0)
+    return forward + (passes[1] + 0.5) * _pass(shape, k, length, 1) if shape.training else forward
+
+
+def _pass(shape: Shape, k: int, length: int, way: int) -> float:
+    """Seconds of a pass forward (0) or backward (1) over chunks of that length."""
     machine, gates = MACHINES[shape.device], GATES[shape.mode] * shape.hidden_size
     state = shape.proj_size or shape.hidden_size
     inputs = shape.input_size if k < shape.directions else state * shape.directions
     rate = machine.tf32 if shape.tf32 else machine.half if shape.dtype.itemsize == 2 else machine.rate
     rate /= 2 if shape.dtype.itemsize == 8 else 1
     rows = max(shape.total / length, shape.total / shape.time)
-    step = machine.step + max(2 * rows * gates * state / rate, gates * state * shape.dtype.itemsize / machine.bandwidth)
-    return machine.start + length * step + 2 * shape.total * gates * inputs / rate
+    step = max(2 * rows * gates * state / rate, gates * state * shape.dtype.itemsize / machine.bandwidth)
+    seconds = length * (machine.step[shape.mode][way] + step) + 2 * shape.total * gates * inputs / rate
+    if length < shape.time:
+        seconds = machine.start + seconds * (_UNEVEN if shape.time % length else 1)
+    return seconds

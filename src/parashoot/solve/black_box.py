@@ -34,6 +34,7 @@ class Record:
     backward_passes: int = 1
     defect: float = 0.0
     horizons: list[float] = field(default_factory=lambda: [32.0, 32.0])  # steps to forget: forward, backward
+    least: list[float] = field(default_factory=lambda: [0.0, 0.0])  # the horizon when last it could be told from rounding
     rest: int = 0  # plain calls before the next attempt
     wait: int = 32  # `rest` after the next failure
 
@@ -41,10 +42,13 @@ class Record:
         """Steps, forward and backward."""
         return math.ceil(self.horizons[0]), math.ceil(self.horizons[1])
 
-    def learn(self, way: int, horizon: float) -> None:
-        """Forward (0) or backward (1) it took that many steps: up at once, down slowly."""
-        if math.isfinite(horizon):
-            self.horizons[way] = max(horizon, 0.9 * self.horizons[way])
+    def learn(self, way: int, horizon: float, exact: bool) -> None:
+        """Forward (0) or backward (1) took that many steps to forget, or no more than that: up at once, down slowly."""
+        if exact and math.isfinite(horizon):
+            self.horizons[way] = self.least[way] = max(horizon, 0.9 * self.horizons[way])
+        elif not exact:
+            self.least[way] *= 0.995
+            self.horizons[way] = max(0.9 * self.horizons[way], self.least[way])
 
     def plainly(self) -> None:
         """It ran as one chunk a sequence."""
@@ -182,7 +186,7 @@ def forward(
         return chunks, run
     moved = _moved(chunks.hand_on([e.detach() for e in run.ends], initial), starts).max()
     rate, horizon, record.defect = _read(moved if begun is None else begun, moved, chunks.length, planned, tol)
-    record.learn(0, horizon)
+    record.learn(0, horizon, not record.defect <= tol / 2)
     if planned == chunks.count or record.defect <= tol * (1 - rate):
         record.wait = 32
         return chunks, run
@@ -260,7 +264,7 @@ def backward(
         if chunks.count == 1 or planned >= chunks.count:
             break
         rate, horizon, defect = _read(begun, moved, chunks.length, planned, task.tol)
-        record.learn(1, horizon)
+        record.learn(1, horizon, not defect <= task.tol / 2)
         if defect <= task.tol * (1 - rate):
             break
         further = _further(horizon, chunks.length, planned)
