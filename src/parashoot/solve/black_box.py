@@ -34,7 +34,9 @@ class Record:
     backward_passes: int = 1
     defect: float = 0.0
     horizons: list[float] = field(default_factory=lambda: [32.0, 32.0])  # steps to forget: forward, backward
-    least: list[float] = field(default_factory=lambda: [0.0, 0.0])  # the horizon when last it could be told from rounding
+    least: list[float] = field(
+        default_factory=lambda: [0.0, 0.0]
+    )  # the horizon when last it could be told from rounding
     rest: int = 0  # plain calls before the next attempt
     wait: int = 32  # `rest` after the next failure
 
@@ -296,7 +298,9 @@ def _moved(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
 def _relative(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
     """The largest change of a gradient relative to the largest gradient, over all states."""
     pairs = zip(new, old, strict=True)
-    return torch.stack([(a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny) for a, b in pairs]).amax()
+    return torch.stack(
+        [(a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny) for a, b in pairs]
+    ).amax()
 
 
 def _read(first: Tensor, last: Tensor, length: int, passes: int, tol: float) -> tuple[float, float, float]:
@@ -304,12 +308,10 @@ def _read(first: Tensor, last: Tensor, length: int, passes: int, tol: float) -> 
     a, b = torch.stack([first, last]).tolist()
     if passes == 1 or not b < a:
         return 0.0, (1.0 if a <= tol else math.inf), b
-    rate = (max(b, 1e-3 * tol) / a) ** (1 / (passes - 1))
-    return min(rate, 0.9), length * max(math.log(tol / a) / math.log(rate), 0.0), b
+    rate = (max(b, 1e-3 * tol, 1e-30) / a) ** (1 / (passes - 1))
+    return min(rate, 0.9), length * max(math.log(max(tol, 1e-30) / a) / math.log(rate), 0.0), b
 
 
 def _further(horizon: float, length: int, passes: int) -> float:
     """Passes still to make; at least one."""
     return max(math.ceil(horizon / length) + 1 - passes, 1) if math.isfinite(horizon) else math.inf
-
-
