@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, _VF, nn
+from torch import _VF, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .errors import bad_type, bad_value
@@ -65,13 +65,13 @@ class _Parallel(nn.RNNBase):
     solver: Solver | None = None
     info: list[Record]
 
-    def forward(self, input: Any, hx: Any = None) -> Any:  # noqa: A002 - PyTorch's own name
+    def forward(self, input: Any, hx: Any = None) -> Any:
         """As the module given to `ps.parallelize`: same arguments, shapes, results and errors."""
         lengths = self._lengths(input)
         plan = None if lengths is None else self._plan(input, lengths)
         states = None if plan is None else self._states(input, hx)
         if lengths is None or plan is None or states is None:
-            return super().forward(input, hx)
+            return super().forward(input, hx)  # type: ignore[call-arg]
         return self._over_chunks(input, states, lengths, plan)
 
     def _lengths(self, given: Any) -> tuple[int, ...] | None:
@@ -108,8 +108,8 @@ class _Parallel(nn.RNNBase):
             self.mode, self.input_size, self.hidden_size, self.proj_size, self.num_layers, 1 + self.bidirectional,
             max(lengths), sum(lengths), _autocast_dtype(x), x.device.type, _tf32(x), training,
         )  # fmt: skip
-        plan = None
-        if not any([r.rested(max(lengths)) for r in records]):
+        plan, resting = None, [r.rested(max(lengths)) for r in records]
+        if not any(resting):
             plan = choose(shape, tuple(r.horizon() for r in records))
             if plan is None and choose(shape, (Record().horizon(),) * len(records)) is not None:
                 for r in records:
@@ -244,4 +244,4 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def _tf32(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]

@@ -118,7 +118,7 @@ class _Solve(torch.autograd.Function):
     def forward(ctx, task: Task, states: int, x: Tensor, *tensors: Tensor):  # type: ignore[override]
         needed = ctx.needs_input_grad[2:]
         # Whoever intercepts what is saved (checkpointing, offloading) wants no graph kept: then backward makes its own.
-        keep = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        keep = torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # type: ignore[attr-defined]
         ctx.save_for_backward(x, *tensors)
         chunks, run = forward(task, x, tensors[:states], tensors[states:], needed if keep else None)
         ctx.task, ctx.chunks, ctx.states = task, chunks, states
@@ -133,7 +133,7 @@ class _Solve(torch.autograd.Function):
         with torch.no_grad():
             grads = backward(
                 ctx.task, ctx.chunks, run, x.detach(), ctx.starts, tensors[: ctx.states], tensors[ctx.states :],
-                (dy.detach(), [v.detach() for v in d_final]), ctx.needs_input_grad[2:],
+                dy.detach(), [v.detach() for v in d_final], ctx.needs_input_grad[2:],
             )  # fmt: skip
         if torch.is_grad_enabled():
             grads = _Once.apply(len(grads), *grads, dy, *d_final, *saved)  # type: ignore[misc]
@@ -187,13 +187,14 @@ def forward(
     if chunks.count == 1:
         return chunks, run
     moved = _moved(chunks.hand_on([e.detach() for e in run.ends], initial), starts).max()
-    rate, horizon, record.defect = _read(moved if begun is None else begun, moved, chunks.length, planned, tol)
+    rate, horizon, record.defect = _read(begun, moved, chunks.length, planned, tol)
     record.learn(0, horizon, not record.defect <= tol / 2)
     if planned == chunks.count or record.defect <= tol * (1 - rate):
         record.wait = 32
         return chunks, run
     if _further(horizon, chunks.length, planned) + 1 > task.affordable:
-        return _plainly(task, x, initial, weights, needed)
+        chunks, starts = _whole(task, initial, record.defect)
+        return chunks, launch(task, chunks, x.index_select(0, chunks.order), starts, weights, needed)
     ends, y = [e.detach() for e in run.ends], run.y.detach() if needed is None else None
     del run  # its graph
     while True:  # only chunks whose start still moves; those before them are exact, so this ends
@@ -206,7 +207,8 @@ def forward(
         if record.passes == task.limit:
             raise ConvergenceError(record.passes, record.defect, tol, chunks.count)
         if record.passes - planned > task.affordable:
-            return _plainly(task, x, initial, weights, needed)
+            chunks, starts = _whole(task, initial, record.defect)
+            return chunks, launch(task, chunks, x.index_select(0, chunks.order), starts, weights, needed)
         places = chunks.places(active)
         some = [v.index_select(0, active) for v in after]
         part, reached = task.shoot(inner.index_select(0, places), chunks.batch_sizes(active), some, weights)
@@ -220,14 +222,13 @@ def forward(
     return chunks, launch(task, chunks, inner, starts, weights, needed)
 
 
-def _plainly(
-    task: Task, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], needed: Sequence[bool] | None
-) -> tuple[Chunks, Run]:  # fmt: skip
-    whole, record = task.whole(), task.record
-    record.plainly()
-    record.give_up()
-    starts = whole.hand_on([v.new_empty(whole.rows, v.shape[1]) for v in initial], initial)
-    return whole, launch(task, whole, x.index_select(0, whole.order), starts, weights, needed)
+def _whole(task: Task, initial: Sequence[Tensor], defect: float) -> tuple[Chunks, list[Tensor]]:
+    """One chunk a sequence, and where it starts; no chunks for a while, unless it was infinities that kept them from settling."""
+    whole = task.whole()
+    task.record.plainly()
+    if math.isfinite(defect):
+        task.record.give_up()
+    return whole, whole.hand_on([v.new_empty(whole.rows, v.shape[1]) for v in initial], initial)
 
 
 def backward(
@@ -238,52 +239,42 @@ def backward(
     starts: Sequence[Tensor],
     initial: Sequence[Tensor],
     weights: Sequence[Tensor],
-    outer: tuple[Tensor, list[Tensor]],
+    dy: Tensor,
+    d_final: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients by (x, initial states, weights) from those by the outputs and final states, `outer`; None where not `needed`."""
-    record = task.record
+    """Gradients by (x, initial states, weights), None where not `needed`, from those by the outputs and final states.
 
-    def again() -> Run:
-        return launch(task, chunks, x.index_select(0, chunks.order), starts, weights, needed)
-
-    run = run or again()
-    leaves = [v for v in (run.x, *run.weights) if v.requires_grad]
-    dy, count = outer[0].index_select(0, chunks.order), len(starts)
-    across = chunks.hand_back([torch.zeros_like(v) for v in starts], outer[1])
-    planned = min(task.passes[1], chunks.count)
-    done = 0
+    `run` is the graph of the last forward pass, which this uses up; None: it is made again from `starts`.
+    """
+    record, passes, done = task.record, min(task.passes[1], chunks.count), 0
+    across = None
     while True:
-        for k in range(done + 1, planned + 1):
-            some = [*run.starts, *(leaves if k == planned else ())]
-            grads = torch.autograd.grad((run.y, *run.ends), some, (dy, *across), retain_graph=k < planned)
-            by_starts = grads[:count]
-            after = chunks.hand_back(by_starts, outer[1])
-            moved = _relative(after, across) if k in (1, planned) and chunks.count > 1 else None
-            begun = moved if k == 1 else begun
-            across = after
-        record.backward_passes = done = planned
-        if chunks.count == 1 or planned >= chunks.count:
+        run = run or launch(task, chunks, x.index_select(0, chunks.order), starts, weights, needed)
+        leaves = [v for v in (run.x, *run.weights) if v.requires_grad]
+        inner = dy.index_select(0, chunks.order)
+        after = before = across or chunks.hand_back([torch.zeros_like(v) for v in starts], d_final)
+        for left in reversed(range(passes)):
+            before, wanted = after, [*run.starts, *(() if left else leaves)]
+            grads = torch.autograd.grad((run.y, *run.ends), wanted, (inner, *before), retain_graph=left > 0)
+            by_starts, by_leaves = grads[: len(starts)], iter(grads[len(starts) :])
+            after = chunks.hand_back(by_starts, d_final)
+        done += passes
+        if done >= chunks.count:
             break
-        rate, horizon, defect = _read(begun, moved, chunks.length, planned, task.tol)
+        rate, horizon, defect = _read(None, _relative(after, before), chunks.length, done, task.tol)
         record.learn(1, horizon, not defect <= task.tol / 2)
         if defect <= task.tol * (1 - rate):
             break
-        further = _further(horizon, chunks.length, planned)
+        further, run, across = _further(horizon, chunks.length, done), None, after
+        passes = min(int(min(further, 1e9)), chunks.count - done)
         if further > task.affordable:
-            chunks, planned, done = task.whole(), 1, 0
-            record.give_up()
-            starts = chunks.hand_on([v.new_empty(chunks.rows, v.shape[1]) for v in initial], initial)
-            dy = outer[0].index_select(0, chunks.order)
-            across = chunks.hand_back([torch.zeros_like(v) for v in starts], outer[1])
-        else:
-            planned = min(planned + int(further), chunks.count)
-        run = again()
-        leaves = [v for v in (run.x, *run.weights) if v.requires_grad]
-    found = iter(grads[count:])
-    d_x = next(found).index_select(0, chunks.inverse) if needed[0] else None
+            chunks, starts = _whole(task, initial, defect)
+            passes, done, across = 1, 0, None
+    record.backward_passes = done
+    d_x = next(by_leaves).index_select(0, chunks.inverse) if needed[0] else None
     d_initial = [g.index_select(0, chunks.first) if n else None for g, n in zip(by_starts, needed[1:], strict=False)]
-    return [d_x, *d_initial, *(next(found) if n else None for n in needed[1 + count :])]
+    return [d_x, *d_initial, *(next(by_leaves) if n else None for n in needed[1 + len(starts) :])]
 
 
 def _moved(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
@@ -303,13 +294,14 @@ def _relative(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
     ).amax()
 
 
-def _read(first: Tensor, last: Tensor, length: int, passes: int, tol: float) -> tuple[float, float, float]:
-    """Waits for the device: contraction of a pass, steps within which a change of `first` shrinks to `tol`, and `last`."""
-    a, b = torch.stack([first, last]).tolist()
+def _read(first: Tensor | None, last: Tensor, length: int, passes: int, tol: float) -> tuple[float, float, float]:
+    """Waits for the device: contraction of a pass, steps within which a change of `first` (None: of 1) shrinks to `tol`, and `last`."""
+    a, b = torch.stack([torch.ones_like(last) if first is None else first, last]).tolist()
     if passes == 1 or not b < a:
-        return 0.0, (1.0 if a <= tol else math.inf), b
-    rate = (max(b, 1e-3 * tol, 1e-30) / a) ** (1 / (passes - 1))
-    return min(rate, 0.9), length * max(math.log(max(tol, 1e-30) / a) / math.log(rate), 0.0), b
+        return 0.0, (1.0 if b <= tol else math.inf), b
+    least = max(tol, 1e-30)
+    rate = (max(b, 1e-3 * least) / a) ** (1 / (passes - 1))
+    return min(rate, 0.9), length * max(math.log(least / a) / math.log(rate), 0.0), b
 
 
 def _further(horizon: float, length: int, passes: int) -> float:

@@ -24,6 +24,7 @@ class Chunks:
 
     length: int
     count: int
+    sizes: Tensor
     order: Tensor
     inverse: Tensor
     previous: Tensor
@@ -31,7 +32,6 @@ class Chunks:
     first: Tensor
     last: Tensor
     grid: Tensor
-    sizes: Tensor
 
     @property
     def rows(self) -> int:
@@ -97,4 +97,4 @@ def cut(lengths: tuple[int, ...], length: int, time_major: bool, reverse: bool, 
         order = place[real]
         grid = real.flatten().cumsum(0).view_as(place) - 1
         found = (order, order.argsort(), previous, following, rank[before], rank[before + counts - 1], grid)
-        return Chunks(length, int(counts.max()), *(v.to(device) for v in found), sizes)
+        return Chunks(length, int(counts.max()), sizes, *(v.to(device) for v in found))
