@@ -139,8 +139,8 @@ class _Parallel(nn.RNNBase):
             found = [v.index_select(1, given.sorted_indices) for v in found]
         return found
 
-    @torch.compiler.disable
-    def _over_chunks(self, given: Any, states: list[Tensor], lengths: tuple[int, ...], plan: list[Cut]) -> Any:
+    @torch.compiler.disable()
+    def _over_chunks(self, given: Any, states: list[Tensor], lengths: tuple[int, ...], plan: Sequence[Cut]) -> Any:
         packed = isinstance(given, PackedSequence)
         data = given.data if packed else given
         x = data if data.dim() == 2 else data.flatten(0, 1)
