@@ -127,6 +127,17 @@ def test_single_precision_is_within_its_claim():
         assert_same(plain, ps.parallelize(plain, ps.MultipleShooting(chunk_length=64)), x, bound=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_guesses_from_parts_of_long_chunks(kind):
+    """At first the part is too short for double precision, which the passes after it mend; later it is not."""
+    plain = made(kind)
+    parallel = ps.parallelize(plain, ps.MultipleShooting(chunk_length=160))
+    x = torch.randn(640, 2, 3, dtype=torch.float64, requires_grad=True)
+    for _ in range(3):
+        assert_same(plain, parallel, x)
+    assert parallel.info[0].passes == 2
+
+
 def test_gradients_against_finite_differences():
     parallel = ps.parallelize(made("lstm"), ps.MultipleShooting(chunk_length=3))
     x = torch.randn(8, 1, 3, dtype=torch.float64, requires_grad=True)

@@ -51,10 +51,11 @@ class Shape(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Chunks of `length` steps; passes (forward, backward) made before looking whether they suffice; further passes that
-    cost less than one plain call."""
+    """Chunks of `length` steps; those that a first guess takes; passes (forward, backward) made before looking whether they suffice;
+    further passes that cost less than one plain call."""
 
     length: int
+    lead: int
     passes: tuple[int, int]
     affordable: float
 
@@ -72,10 +73,10 @@ def choose(shape: Shape, horizons: tuple[tuple[int, int], ...]) -> tuple[Cut, ..
         return None
     machine, found, seconds, plain = MACHINES[shape.device], [], 0.0, 0.0
     for k, horizon in enumerate(horizons):
-        costs = {n: _cost(shape, k, n, fixed(n, horizon).passes) for n in lengths}
+        costs = {n: _cost(shape, k, fixed(n, horizon)) for n in lengths}
         best = min(costs, key=costs.__getitem__)
         seconds += costs[best]
-        plain += _cost(shape, k, shape.time, (1, 1))
+        plain += _cost(shape, k, Cut(shape.time, 0, (1, 1), 0.0))
         if machine.overlaps and k:
             plain -= shape.time * sum(machine.step[shape.mode][: 1 + shape.training])
         affordable = _pass(shape, k, shape.time, 0) / _pass(shape, k, best, 0)
@@ -85,8 +86,10 @@ def choose(shape: Shape, horizons: tuple[tuple[int, int], ...]) -> tuple[Cut, ..
 
 def fixed(length: int, horizon: tuple[int, int]) -> Cut:
     """Chunks of that length whatever it costs, with the passes that the `horizon` leads to expect."""
-    forward, backward = (1 + math.ceil(min(1.15 * h, 1e9) / length) for h in horizon)
-    return Cut(length, (max(forward, 2), max(backward, 2)), math.inf)
+    forward, backward = (math.ceil(min(1.15 * h, 1e9)) for h in horizon)
+    passes = (1 + max(math.ceil(forward / length), 1), 1 + max(math.ceil(backward / length), 1))
+    lead = max(forward, backward, 1)
+    return Cut(length, lead if 4 * lead <= 3 * length else length, passes, math.inf)
 
 
 def _even(length: int, time: int) -> int:
@@ -94,10 +97,12 @@ def _even(length: int, time: int) -> int:
     return next((n for n in range(length, length + length // 4 + 1) if time % n == 0), length)
 
 
-def _cost(shape: Shape, k: int, length: int, passes: tuple[int, int]) -> float:
-    """Seconds of layer and direction k: passes forward, and in training backward and for the weights."""
-    forward = passes[0] * _pass(shape, k, length, 0)
-    return forward + (passes[1] + 0.5) * _pass(shape, k, length, 1) if shape.training else forward
+def _cost(shape: Shape, k: int, cut: Cut) -> float:
+    """Seconds of layer and direction k: passes forward, and in training backward and for the weights (half a pass)."""
+    forward, backward = (_pass(shape, k, cut.length, way) for way in (0, 1))
+    guess = cut.lead / cut.length if shape.time % cut.length == 0 else 1.0
+    passes = [1 if n == 1 else n - 1 + guess for n in cut.passes]
+    return passes[0] * forward + (passes[1] + 0.5) * backward * shape.training
 
 
 def _pass(shape: Shape, k: int, length: int, way: int) -> float:

@@ -183,8 +183,8 @@ class _Parallel(nn.RNNBase):
         shoot = functools.partial(_shoot, self.mode, self.bias)
         whole = functools.partial(sequences, max(lengths))
         task = Task(
-            shoot, sequences(plan.length), whole, tol, plan.passes, plan.affordable, given.max_iters, self.info[k]
-        )
+            shoot, sequences(plan.length), whole, tol, plan.lead, plan.passes, plan.affordable, given.max_iters, self.info[k]
+        )  # fmt: skip
         return solve(task, x, initial, weights)
 
 

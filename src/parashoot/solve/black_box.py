@@ -75,13 +75,15 @@ class Task:
     """One run of `shoot`: `chunks`, or `whole` sequences instead once more than `affordable` further passes are needed.
 
     `tol` bounds what a start may still move, relative to max(1, |state|), and a gradient, relative to the largest;
-    `passes` (forward, backward) are made before looking; `limit`: passes allowed.
+    `passes` (forward, backward) are made before looking; `limit`: passes allowed. The first pass is a guess: forward over the last
+    `lead` steps of each chunk, backward over the first, all of them but where chunks are of one length.
     """
 
     shoot: Shoot
     chunks: Chunks
     whole: Callable[[], Chunks]
     tol: float
+    lead: int
     passes: tuple[int, int]
     affordable: float
     limit: int | None
@@ -89,12 +91,14 @@ class Task:
 
 
 class Run(NamedTuple):
-    """A pass over all chunks: its inputs, as leaves of a graph where gradients are on, and what came."""
+    """A pass over all chunks: its inputs, as leaves of a graph where gradients are on, and what came: outputs up to the states
+    `middle` and after them, and `ends`. `middle` is `ends` where the pass was made in one piece."""
 
     x: Tensor
     starts: Sequence[Tensor]
     weights: Sequence[Tensor]
-    y: Tensor
+    ys: Sequence[Tensor]
+    middle: Sequence[Tensor]
     ends: Sequence[Tensor]
 
 
@@ -110,7 +114,8 @@ def solve(task: Task, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Te
 
 
 def _outcome(chunks: Chunks, run: Run) -> tuple[Tensor, list[Tensor]]:
-    return run.y.detach().index_select(0, chunks.inverse), [e.detach().index_select(0, chunks.last) for e in run.ends]
+    y = torch.cat([v.detach() for v in run.ys]) if len(run.ys) > 1 else run.ys[0].detach()
+    return y.index_select(0, chunks.inverse), [e.detach().index_select(0, chunks.last) for e in run.ends]
 
 
 class _Solve(torch.autograd.Function):
@@ -166,7 +171,16 @@ def launch(
             starts = [v.detach().requires_grad_() for v in starts]
             wanted = needed[1 + len(starts) :]
             weights = [w.detach().requires_grad_(n) for w, n in zip(weights, wanted, strict=True)]
-        return Run(x, starts, weights, *task.shoot(x, chunks.batch_sizes(), starts, weights))
+        sizes = chunks.batch_sizes()
+        if not graph or task.lead >= chunks.length or sizes is not None:
+            y, ends = task.shoot(x, sizes, starts, weights)
+            return Run(x, starts, weights, [y], ends, ends)
+        head, tail = x.tensor_split(
+            [task.lead * chunks.rows]
+        )  # so that a backward pass may be made over the head alone
+        first, middle = task.shoot(head, None, starts, weights)
+        second, ends = task.shoot(tail, None, middle, weights)
+        return Run(x, starts, weights, [first, second], middle, ends)
 
 
 def forward(
@@ -176,26 +190,29 @@ def forward(
     chunks, record, tol = task.chunks, task.record, task.tol
     inner = x.index_select(0, chunks.order)
     starts = chunks.hand_on([v.new_zeros(chunks.rows, v.shape[1]) for v in initial], initial)
-    planned = min(task.passes[0], chunks.count, task.limit or chunks.count)
+    lead = chunks.length if chunks.batch_sizes() is not None else min(task.lead, chunks.length)
+    exact = chunks.count + (lead < chunks.length)  # passes after which no chunk can be wrong
+    planned = min(task.passes[0], exact, task.limit or exact)
     record.chunk_length, record.passes, record.defect = chunks.length, planned, 0.0
     begun = None
-    for _ in range(1, planned):
-        after = chunks.hand_on(launch(task, chunks, inner, starts, weights, None).ends, initial)
+    for k in range(1, planned):
+        part = inner[(chunks.length - lead) * chunks.rows :] if k == 1 else inner
+        after = chunks.hand_on(launch(task, chunks, part, starts, weights, None).ends, initial)
         begun = _moved(after, starts).max() if begun is None else begun
         starts = after
     run = launch(task, chunks, inner, starts, weights, needed)
     if chunks.count == 1:
         return chunks, run
     moved = _moved(chunks.hand_on([e.detach() for e in run.ends], initial), starts).max()
-    rate, horizon, record.defect = _read(begun, moved, chunks.length, planned, tol)
+    rate, horizon, record.defect = _read(begun, moved, lead + (planned - 2) * chunks.length, planned, tol)
     record.learn(0, horizon, not record.defect <= tol / 2)
-    if planned == chunks.count or record.defect <= tol * (1 - rate):
+    if planned == exact or record.defect <= tol * (1 - rate):
         record.wait = 32
         return chunks, run
     if _further(horizon, chunks.length, planned) + 1 > task.affordable:
         chunks, starts = _whole(task, initial, record.defect)
         return chunks, launch(task, chunks, x.index_select(0, chunks.order), starts, weights, needed)
-    ends, y = [e.detach() for e in run.ends], run.y.detach() if needed is None else None
+    ends, y = [e.detach() for e in run.ends], run.ys[0].detach() if needed is None else None
     del run  # its graph
     while True:  # only chunks whose start still moves; those before them are exact, so this ends
         after = chunks.hand_on(ends, initial)
@@ -218,7 +235,7 @@ def forward(
             whole.index_copy_(0, active, v)
         record.passes += 1
     if y is not None:
-        return chunks, Run(inner, starts, weights, y, ends)
+        return chunks, Run(inner, starts, weights, [y], ends, ends)
     return chunks, launch(task, chunks, inner, starts, weights, needed)
 
 
@@ -247,22 +264,26 @@ def backward(
 
     `run` is the graph of the last forward pass, which this uses up; None: it is made again from `starts`.
     """
-    record, passes, done = task.record, min(task.passes[1], chunks.count), 0
-    across = None
+    record, done, across = task.record, 0, None
+    passes = min(task.passes[1], chunks.count + (task.lead < chunks.length))
     while True:
         run = run or launch(task, chunks, x.index_select(0, chunks.order), starts, weights, needed)
         leaves = [v for v in (run.x, *run.weights) if v.requires_grad]
-        inner = dy.index_select(0, chunks.order)
+        inner = dy.index_select(0, chunks.order).split([len(y) for y in run.ys])
         after = before = across or chunks.hand_back([torch.zeros_like(v) for v in starts], d_final)
         for left in reversed(range(passes)):
             before, wanted = after, [*run.starts, *(() if left else leaves)]
-            grads = torch.autograd.grad((run.y, *run.ends), wanted, (inner, *before), retain_graph=left > 0)
+            whole = left == 0 or done > 0 or left < passes - 1
+            outputs = (*run.ys, *run.ends) if whole else (run.ys[0], *run.middle)
+            by_outputs = (*inner, *before) if whole or len(run.ys) == 1 else (inner[0], *map(torch.zeros_like, before))
+            grads = torch.autograd.grad(outputs, wanted, by_outputs, retain_graph=left > 0)
             by_starts, by_leaves = grads[: len(starts)], iter(grads[len(starts) :])
             after = chunks.hand_back(by_starts, d_final)
         done += passes
-        if done >= chunks.count:
+        lead = chunks.length if len(run.ys) == 1 else task.lead
+        if done >= chunks.count + (lead < chunks.length):
             break
-        rate, horizon, defect = _read(None, _relative(after, before), chunks.length, done, task.tol)
+        rate, horizon, defect = _read(None, _relative(after, before), lead + (done - 2) * chunks.length, done, task.tol)
         record.learn(1, horizon, not defect <= task.tol / 2)
         if defect <= task.tol * (1 - rate):
             break
@@ -294,14 +315,15 @@ def _relative(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
     ).amax()
 
 
-def _read(first: Tensor | None, last: Tensor, length: int, passes: int, tol: float) -> tuple[float, float, float]:
-    """Waits for the device: contraction of a pass, steps within which a change of `first` (None: of 1) shrinks to `tol`, and `last`."""
+def _read(first: Tensor | None, last: Tensor, steps: int, passes: int, tol: float) -> tuple[float, float, float]:
+    """Waits for the device: contraction of a pass, steps in which a change of `first` (None: of 1) shrinks to `tol` if it shrank to
+    `last` in `steps`, and `last`."""
     a, b = torch.stack([torch.ones_like(last) if first is None else first, last]).tolist()
     if passes == 1 or not b < a:
         return 0.0, (1.0 if b <= tol else math.inf), b
     least = max(tol, 1e-30)
-    rate = (max(b, 1e-3 * least) / a) ** (1 / (passes - 1))
-    return min(rate, 0.9), length * max(math.log(least / a) / math.log(rate), 0.0), b
+    shrunk = math.log(max(b, 1e-3 * least) / a)
+    return min(math.exp(shrunk / (passes - 1)), 0.9), steps * max(math.log(least / a) / shrunk, 0.0), b
 
 
 def _further(horizon: float, length: int, passes: int) -> float:
