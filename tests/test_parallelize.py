@@ -299,7 +299,7 @@ def test_misuse_raises_what_the_plain_module_raises():
 
 
 def test_the_plan_takes_chunks_where_they_pay():
-    shape = Shape("GRU", 256, 256, 0, 1, 1, 2048, 8 * 2048, torch.float32, "cuda", False, True)
+    shape = Shape("GRU", 256, 256, 0, 1, 1, 2048, 8 * 2048, torch.float32, "cuda", 1, False, True)
     (found,) = choose(shape, ((32, 32),))
     assert 32 <= found.length <= 64 and found.passes == (2, 2)
     assert choose(shape, ((2000, 2000),)) is None

@@ -14,7 +14,8 @@ GATES = {"GRU": 3, "LSTM": 4, "RNN_TANH": 1, "RNN_RELU": 1}
 
 class Machine(NamedTuple):
     """Seconds to start a pass, and of a step (forward, backward) by mode; multiplications and additions a second, the same in
-    TF32 and in 16 bits; bytes a second at which weights are read; whether layers that run plainly share the latency of a step."""
+    TF32 and in 16 bits (each of a CPU's threads); bytes a second at which weights are read; whether layers that run plainly share
+    the latency of a step; the part of the plain time beyond which a predicted gain is not worth the risk."""
 
     start: float
     step: dict[str, tuple[float, float]]
@@ -23,13 +24,14 @@ class Machine(NamedTuple):
     half: float
     bandwidth: float
     overlaps: bool
+    gain: float
 
 
 # Measured on two CPU cores and on an H100.
 _ON_CPU = {"GRU": (9e-6, 6e-5), "LSTM": (2.5e-6, 4e-6), "RNN_TANH": (3e-6, 1.8e-5), "RNN_RELU": (3e-6, 1.8e-5)}
 MACHINES = {
-    "cpu": Machine(3e-4, _ON_CPU, 1.2e11, 1.2e11, 6e10, 4.5e10, False),
-    "cuda": Machine(3e-4, dict.fromkeys(GATES, (1.2e-5, 1.2e-5)), 2.5e13, 1e14, 2e14, 3e12, True),
+    "cpu": Machine(3e-4, _ON_CPU, 6e10, 6e10, 3e10, 4.5e10, False, 0.55),
+    "cuda": Machine(3e-4, dict.fromkeys(GATES, (1.2e-5, 1.2e-5)), 2.5e13, 1e14, 2e14, 3e12, True, 0.8),
 }
 
 
@@ -46,6 +48,7 @@ class Shape(NamedTuple):
     total: int
     dtype: torch.dtype
     device: str
+    threads: int
     tf32: bool
     training: bool
 
@@ -60,7 +63,6 @@ class Cut(NamedTuple):
     affordable: float
 
 
-_GAIN = 0.8  # of the plain time: less is not worth the risk of a wrong prediction
 _UNEVEN = 1.2  # chunks of two lengths run in kernels for packed sequences
 _LENGTHS = tuple(n * 2**i for i in range(2, 13) for n in (4, 5, 6, 7))
 
@@ -81,7 +83,7 @@ def choose(shape: Shape, horizons: tuple[tuple[int, int], ...]) -> tuple[Cut, ..
             plain -= shape.time * sum(machine.step[shape.mode][: 1 + shape.training])
         affordable = _pass(shape, k, shape.time, 0) / _pass(shape, k, best, 0)
         found.append(fixed(best, horizon)._replace(affordable=affordable))
-    return tuple(found) if seconds < _GAIN * plain else None
+    return tuple(found) if seconds < machine.gain * plain else None
 
 
 def fixed(length: int, horizon: tuple[int, int]) -> Cut:
@@ -111,7 +113,7 @@ def _pass(shape: Shape, k: int, length: int, way: int) -> float:
     state = shape.proj_size or shape.hidden_size
     inputs = shape.input_size if k < shape.directions else state * shape.directions
     rate = machine.tf32 if shape.tf32 else machine.half if shape.dtype.itemsize == 2 else machine.rate
-    rate /= 2 if shape.dtype.itemsize == 8 else 1
+    rate *= shape.threads / (2 if shape.dtype.itemsize == 8 else 1)
     rows = max(shape.total / length, shape.total / shape.time)
     step = max(2 * rows * gates * state / rate, gates * state * shape.dtype.itemsize / machine.bandwidth)
     seconds = length * (machine.step[shape.mode][way] + step) + 2 * shape.total * gates * inputs / rate

@@ -106,7 +106,8 @@ class _Parallel(nn.RNNBase):
         training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         shape = Shape(
             self.mode, self.input_size, self.hidden_size, self.proj_size, self.num_layers, 1 + self.bidirectional,
-            max(lengths), sum(lengths), _autocast_dtype(x), x.device.type, _tf32(x), training,
+            max(lengths), sum(lengths), _autocast_dtype(x), x.device.type,
+            1 if x.is_cuda else torch.get_num_threads(), _tf32(x), training,
         )  # fmt: skip
         plan, resting = None, [r.rested(max(lengths)) for r in records]
         if not any(resting):
