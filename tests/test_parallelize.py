@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import parashoot as ps
 from parashoot.parallel_plan import Shape, choose
+from parashoot.parallelize import _shoot
+from parashoot.solve.black_box import Record, Task, solve
 from parashoot.solve.chunks import cut
 
 CHUNKS = ps.MultipleShooting(chunk_length=16)
@@ -136,6 +139,22 @@ def test_guesses_from_parts_of_long_chunks(kind):
     for _ in range(3):
         assert_same(plain, parallel, x)
     assert parallel.info[0].passes == 2
+
+
+@pytest.mark.parametrize(("affordable", "rests"), [(100.0, False), (0.0, True)])
+def test_a_backward_pass_that_needs_more_than_was_expected(affordable, rests):
+    """It makes the passes that are missing, or, where they cost too much, runs backward through whole sequences."""
+    plain, x = made("lstm"), torch.randn(80, 3, dtype=torch.float64, requires_grad=True)
+    cuts = [cut((80,), n, False, False, x.device) for n in (8, 80)]
+    record, initial = Record(), [torch.zeros(1, 6, dtype=torch.float64) for _ in range(2)]
+    task = Task(partial(_shoot, "LSTM", True), cuts[0], lambda: cuts[1], 1e-12, 8, (10, 2), affordable, None, record)
+    leaves = [x, *plain.parameters()]
+    grads = [
+        torch.autograd.grad(y.square().sum(), leaves)
+        for y in (solve(task, x, initial, plain.all_weights[0])[0], plain(x)[0])
+    ]
+    assert all((a - b).abs().max() < 1e-10 for a, b in zip(*grads, strict=True))
+    assert (record.rest > 0) == rests and (rests or record.backward_passes > 2)
 
 
 def test_gradients_against_finite_differences():

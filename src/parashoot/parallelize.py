@@ -65,6 +65,7 @@ class _Parallel(nn.RNNBase):
     solver: Solver | None = None
     info: list[Record]
 
+    @torch.compiler.disable()  # it breaks the graph of PyTorch's own recurrent modules too
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the module given to `ps.parallelize`: same arguments, shapes, results and errors."""
         lengths = self._lengths(input)
@@ -140,7 +141,6 @@ class _Parallel(nn.RNNBase):
             found = [v.index_select(1, given.sorted_indices) for v in found]
         return found
 
-    @torch.compiler.disable()
     def _over_chunks(self, given: Any, states: list[Tensor], lengths: tuple[int, ...], plan: Sequence[Cut]) -> Any:
         packed = isinstance(given, PackedSequence)
         data = given.data if packed else given

@@ -65,7 +65,7 @@ def conjugate(sizes: Tensor) -> Tensor:
     return len(sizes) - torch.searchsorted(sizes.flip(0), steps, right=True)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def cut(lengths: tuple[int, ...], length: int, time_major: bool, reverse: bool, device: torch.device) -> Chunks:
     """Chunks of `length` steps for sequences of `lengths`, which descend where `time_major`.
 
@@ -96,5 +96,6 @@ def cut(lengths: tuple[int, ...], length: int, time_major: bool, reverse: bool, 
             place = (total.cumsum(0) - total)[sequence] + step
         order = place[real]
         grid = real.flatten().cumsum(0).view_as(place) - 1
-        found = (order, order.argsort(), previous, following, rank[before], rank[before + counts - 1], grid)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        found = (order, inverse, previous, following, rank[before], rank[before + counts - 1], grid)
         return Chunks(length, int(counts.max()), sizes, *(v.to(device) for v in found))
