@@ -33,7 +33,7 @@ LEARN, REPEATS = 6, 3
 
 def build(
     kind: str, dtype: str, bias: float, shape: tuple[int, int, int], device: torch.device
-) -> tuple[nn.RNNBase, Tensor]:
+) -> tuple[nn.GRU | nn.LSTM, Tensor]:
     """A module with seeded weights, and its input (B, T, D)."""
     batch, steps, width = shape
     generator = torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, overload
 
 import torch
 from torch import _VF, Tensor, nn
@@ -20,10 +20,15 @@ from .solve.chunks import conjugate, cut
 _CALLS = {"GRU": _VF.gru, "LSTM": _VF.lstm, "RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu}
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 _TF32 = 2e-4  # a state's rounding to ten bits in products is not below this
-Module = TypeVar("Module", bound=nn.RNNBase)
 
 
-def parallelize(module: Module, solver: Solver | None = None) -> Module:
+@overload
+def parallelize(module: nn.GRU, solver: Solver | None = None) -> ParallelGRU: ...
+@overload
+def parallelize(module: nn.LSTM, solver: Solver | None = None) -> ParallelLSTM: ...
+@overload
+def parallelize(module: nn.RNN, solver: Solver | None = None) -> ParallelRNN: ...
+def parallelize(module: Any, solver: Solver | None = None) -> Any:
     """The same recurrent module, run in parallel over time: s_{c+1} <- e_c, the ends of chunks that run side by side, until no start moves.
 
     - `module`: a `torch.nn.GRU`, `LSTM` or `RNN` with any of their options. It is left as it is; the result is one of the same
@@ -72,6 +77,8 @@ class _Parallel(nn.RNNBase):
         plan = None if lengths is None else self._plan(input, lengths)
         states = None if plan is None else self._states(input, hx)
         if lengths is None or plan is None or states is None:
+            for record in self.__dict__.get("info", ()):
+                record.plainly()
             return super().forward(input, hx)  # type: ignore[call-arg]
         return self._over_chunks(input, states, lengths, plan)
 
@@ -116,9 +123,6 @@ class _Parallel(nn.RNNBase):
             if plan is None and choose(shape, (Record().horizon(),) * len(records)) is not None:
                 for r in records:
                     r.give_up()
-        if plan is None:
-            for r in records:
-                r.plainly()
         return plan
 
     def _states(self, given: Any, hx: Any) -> list[Tensor] | None:

@@ -89,6 +89,15 @@ class Task:
     limit: int | None
     record: Record
 
+    def guess(self, chunks: Chunks) -> int:
+        """Steps of a chunk that the first pass takes."""
+        split = chunks.count > 1 and chunks.batch_sizes() is None
+        return min(self.lead, chunks.length) if split else chunks.length
+
+    def exact(self, chunks: Chunks) -> int:
+        """Passes after which no chunk can be wrong: each makes one more right, but for a guess."""
+        return chunks.count + (self.guess(chunks) < chunks.length)
+
 
 class Run(NamedTuple):
     """A pass over all chunks: its inputs, as leaves of a graph where gradients are on, and what came: outputs up to the states
@@ -164,20 +173,18 @@ def launch(
     task: Task, chunks: Chunks, x: Tensor, starts: Sequence[Tensor], weights: Sequence[Tensor], needed: Sequence[bool] | None
 ) -> Run:  # fmt: skip
     """One pass from `starts`, x in chunked order; with a graph for the inputs (x, states, weights) that are `needed`."""
-    graph = needed is not None
-    with torch.set_grad_enabled(graph):
-        if graph:
+    with torch.set_grad_enabled(needed is not None):
+        if needed is not None:
             x = x.detach().requires_grad_(needed[0])
             starts = [v.detach().requires_grad_() for v in starts]
             wanted = needed[1 + len(starts) :]
             weights = [w.detach().requires_grad_(n) for w, n in zip(weights, wanted, strict=True)]
-        sizes = chunks.batch_sizes()
-        if not graph or task.lead >= chunks.length or sizes is not None:
-            y, ends = task.shoot(x, sizes, starts, weights)
+        lead = task.guess(chunks)
+        if needed is None or lead == chunks.length:
+            y, ends = task.shoot(x, chunks.batch_sizes(), starts, weights)
             return Run(x, starts, weights, [y], ends, ends)
-        head, tail = x.tensor_split(
-            [task.lead * chunks.rows]
-        )  # so that a backward pass may be made over the head alone
+        # In two pieces, so that a backward pass may be made over the first alone.
+        head, tail = x.tensor_split([lead * chunks.rows])
         first, middle = task.shoot(head, None, starts, weights)
         second, ends = task.shoot(tail, None, middle, weights)
         return Run(x, starts, weights, [first, second], middle, ends)
@@ -190,8 +197,7 @@ def forward(
     chunks, record, tol = task.chunks, task.record, task.tol
     inner = x.index_select(0, chunks.order)
     starts = chunks.hand_on([v.new_zeros(chunks.rows, v.shape[1]) for v in initial], initial)
-    lead = chunks.length if chunks.batch_sizes() is not None else min(task.lead, chunks.length)
-    exact = chunks.count + (lead < chunks.length)  # passes after which no chunk can be wrong
+    lead, exact = task.guess(chunks), task.exact(chunks)
     planned = min(task.passes[0], exact, task.limit or exact)
     record.chunk_length, record.passes, record.defect = chunks.length, planned, 0.0
     begun = None
@@ -265,7 +271,7 @@ def backward(
     `run` is the graph of the last forward pass, which this uses up; None: it is made again from `starts`.
     """
     record, done, across = task.record, 0, None
-    passes = min(task.passes[1], chunks.count + (task.lead < chunks.length))
+    passes = min(task.passes[1], task.exact(chunks))
     while True:
         run = run or launch(task, chunks, x.index_select(0, chunks.order), starts, weights, needed)
         leaves = [v for v in (run.x, *run.weights) if v.requires_grad]
@@ -273,22 +279,22 @@ def backward(
         after = before = across or chunks.hand_back([torch.zeros_like(v) for v in starts], d_final)
         for left in reversed(range(passes)):
             before, wanted = after, [*run.starts, *(() if left else leaves)]
-            whole = left == 0 or done > 0 or left < passes - 1
-            outputs = (*run.ys, *run.ends) if whole else (run.ys[0], *run.middle)
-            by_outputs = (*inner, *before) if whole or len(run.ys) == 1 else (inner[0], *map(torch.zeros_like, before))
+            outputs, by_outputs = (*run.ys, *run.ends), (*inner, *before)
+            if len(run.ys) > 1 and left == passes - 1 > 0 == done:
+                outputs, by_outputs = (run.ys[0], *run.middle), (inner[0], *map(torch.zeros_like, before))
             grads = torch.autograd.grad(outputs, wanted, by_outputs, retain_graph=left > 0)
             by_starts, by_leaves = grads[: len(starts)], iter(grads[len(starts) :])
             after = chunks.hand_back(by_starts, d_final)
         done += passes
-        lead = chunks.length if len(run.ys) == 1 else task.lead
-        if done >= chunks.count + (lead < chunks.length):
+        if done >= task.exact(chunks):
             break
-        rate, horizon, defect = _read(None, _relative(after, before), lead + (done - 2) * chunks.length, done, task.tol)
+        steps = task.guess(chunks) + (done - 2) * chunks.length
+        rate, horizon, defect = _read(None, _relative(after, before), steps, done, task.tol)
         record.learn(1, horizon, not defect <= task.tol / 2)
         if defect <= task.tol * (1 - rate):
             break
         further, run, across = _further(horizon, chunks.length, done), None, after
-        passes = min(int(min(further, 1e9)), chunks.count - done)
+        passes = int(min(further, task.exact(chunks) - done))
         if further > task.affordable:
             chunks, starts = _whole(task, initial, defect)
             passes, done, across = 1, 0, None
