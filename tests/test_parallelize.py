@@ -353,3 +353,55 @@ def test_chunks_hand_states_on_and_gradients_back():
     forward = (chunks.hand_on([ends], [initial])[0] * starts).sum() + (ends[chunks.last] * final).sum()
     back = chunks.hand_back([starts], [final])[0]
     assert torch.allclose(forward, (back * ends).sum() + (starts[chunks.first] * initial).sum())
+
+
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, OPTIONS["stack"], {"proj_size": 2, "num_layers": 2}], ids=["plain", "stack", "projected"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("error:RNN module weights")
+class TestOnAGPU:
+    pytestmark = on_gpu
+
+    def made(self, kind, options, dtype):
+        if "proj_size" in options and kind != "lstm":
+            pytest.skip("an LSTM's option")
+        return KINDS[kind](3, 6, **options).to("cuda", dtype)
+
+    @pytest.mark.parametrize("time", [160, 300])
+    def test_agrees_with_cudnn(self, kind, options, time):
+        plain = self.made(kind, options, torch.float64)
+        x = torch.randn(time, 2, 3, dtype=torch.float64, device="cuda", requires_grad=True)
+        for solver in (CHUNKS, ps.MultipleShooting(chunk_length=80), None):
+            assert_same(plain, ps.parallelize(plain, solver), x, bound=1e-9)
+
+    def test_packed_sequences(self, kind, options):
+        plain = self.made(kind, options, torch.float64)
+        packed = pack_sequence([torch.randn(n, 3, dtype=torch.float64, device="cuda") for n in (50, 33, 33, 16, 1)])
+        packed = packed._replace(data=packed.data.requires_grad_())
+        assert_same(plain, ps.parallelize(plain, CHUNKS), packed, bound=1e-9)
+
+    def test_autocast_and_half_precision(self, kind, options):
+        plain = self.made(kind, options, torch.float32)
+        parallel = ps.parallelize(plain, CHUNKS)
+        x = torch.randn(128, 2, 3, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            y, wanted = tensors(parallel(x)), tensors(plain(x))
+        assert all(a.dtype == b.dtype and (a - b).abs().max() < 0.03 for a, b in zip(y, wanted, strict=True))
+        y[0].float().square().sum().backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in plain.parameters())
+        y = parallel.bfloat16()(x.bfloat16())[0]
+        assert y.dtype == torch.bfloat16 and (y - wanted[0]).abs().max() < 0.03
+
+    def test_a_graph_can_be_captured(self, kind, options):
+        parallel = ps.parallelize(self.made(kind, options, torch.float32), CHUNKS)
+        x = torch.randn(128, 2, 3, device="cuda")
+        with torch.no_grad():
+            wanted, graph = parallel(x)[0], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = parallel(x)[0]
+            graph.replay()
+        assert (y - wanted).abs().max() < 1e-2

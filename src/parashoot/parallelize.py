@@ -177,10 +177,11 @@ class _Parallel(nn.RNNBase):
     ) -> tuple[Tensor, list[Tensor]]:
         """Layer and direction k: x (N, D), initial states (B, H) -> y (N, H), final states."""
         weights = [w.to(x.dtype) for w in self.all_weights[k]]
-        in_one_piece = len(self.info) == 1 and weights[0] is self.all_weights[k][0]
-        if x.is_cuda and torch.backends.cudnn.is_acceptable(x) and not in_one_piece:
-            sizes = (len(weights), x.shape[1], self.mode, self.hidden_size, self.proj_size)
-            weights = _Flat.apply(sizes, *weights)  # type: ignore[misc]
+        if x.is_cuda and torch.backends.cudnn.enabled and torch._use_cudnn_rnn_flatten_weight():
+            own = weights[0] is self.all_weights[k][0] and torch.backends.cudnn.is_acceptable(x)  # not bfloat16
+            if not own or len(self.info) > 1:  # else `flatten_parameters` has put them in one piece
+                sizes = (len(weights), x.shape[1], self.mode, self.hidden_size, self.proj_size)
+                weights = _Flat.apply(sizes, *weights)  # type: ignore[misc]
         reverse = self.bidirectional and k % 2 == 1
         sequences = functools.partial(cut, lengths, time_major=time_major, reverse=reverse, device=x.device)
         given = self.solver if isinstance(self.solver, MultipleShooting) else MultipleShooting()
