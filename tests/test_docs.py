@@ -17,11 +17,11 @@ DOCS = Path(__file__).parents[1] / "docs"
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?"
 
 
-def test_the_page_on_language_models_runs():
-    page = (DOCS / "language-models.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 5
-    exec(compile("\n".join(blocks), "language-models.md", "exec"), {})
+@pytest.mark.parametrize(("name", "least"), [("language-models.md", 6), ("parallelize.md", 4)])
+def test_a_page_runs(name, least):
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= least
+    exec(compile("\n".join(blocks), name, "exec"), {})
 
 
 def test_the_tutorial_runs(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from .errors import (
     StructureError,
 )
 from .layers import RNN, ParaGRU, ParaLSTM
+from .parallelize import parallelize
 from .plan import MultipleShooting, Newton, Sequential
 from .scan import ScanInfo, explain, scan
 from .tune import tune

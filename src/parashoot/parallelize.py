@@ -1,0 +1,253 @@
+"""`ps.parallelize`: PyTorch's own recurrent modules, in parallel over time, with cuDNN (on a CPU PyTorch's kernels) running the chunks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import _VF, Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .errors import bad_type, bad_value
+from .parallel_plan import MACHINES, SHORTEST, Cut, Shape, choose, fixed
+from .plan import MultipleShooting, Sequential, Solver, check_solver
+from .solve.black_box import Record, Task, solve
+from .solve.chunks import conjugate, cut
+
+_CALLS = {"GRU": _VF.gru, "LSTM": _VF.lstm, "RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu}
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+_TF32 = 2e-4  # a state's rounding to ten bits in products is not below this
+
+
+@overload
+def parallelize(module: nn.GRU, solver: Solver | None = None) -> ParallelGRU: ...
+@overload
+def parallelize(module: nn.LSTM, solver: Solver | None = None) -> ParallelLSTM: ...
+@overload
+def parallelize(module: nn.RNN, solver: Solver | None = None) -> ParallelRNN: ...
+def parallelize(module: Any, solver: Solver | None = None) -> Any:
+    """The same recurrent module, run in parallel over time: s_{c+1} <- e_c, the ends of chunks that run side by side, until no start moves.
+
+    - `module`: a `torch.nn.GRU`, `LSTM` or `RNN` with any of their options. It is left as it is; the result is one of the same
+      class, with the same parameters (not copies), state dict and signature.
+    - `solver`: None or `ps.MultipleShooting()`: chunk length by a plan that learns from the last calls how fast the cell
+      forgets, and runs `module`'s own way where that is predicted to be faster; `ps.MultipleShooting(chunk_length=..., tol=...,
+      max_iters=...)`: that; `ps.Sequential()`: always `module`'s own way.
+
+    The result's `info` tells for each layer and direction how the last call went. Raises `ArgumentTypeError` for other modules,
+    `ArgumentError` for options that need a cell's Jacobian or kernel; running it `ConvergenceError` where a set `max_iters` is
+    missed, `GradientError` for second derivatives. Source: parareal (Lions, Maday, Turinici 2001) with the chunk's own solver.
+    """
+    kind = _CLASSES.get(type(module))
+    if kind is None:
+        bad_type(
+            "module",
+            type(module),
+            "a module of type torch.nn.GRU, torch.nn.LSTM or torch.nn.RNN itself, no class derived from it",
+            "Write the step of another recurrence as a @ps.cell and run it with ps.scan or ps.RNN.",
+        )
+    check_solver(solver)
+    if isinstance(solver, MultipleShooting):
+        if solver.jacobian == "diagonal":
+            bad_value("jacobian", "'diagonal'", "'zero', 'auto' or the default", "cuDNN gives outputs, not Jacobians.")
+        if solver.backend != "auto":
+            bad_value(
+                "backend", repr(solver.backend), "'auto'", "The chunks run in cuDNN, on a CPU in PyTorch's own kernels."
+            )
+    new = copy.copy(module)
+    new.__dict__.update({k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, (dict, list, set))})
+    new.__class__ = kind
+    new.solver, new.info = solver, [Record() for _ in module.all_weights]
+    return new
+
+
+class _Parallel(nn.RNNBase):
+    """What the three classes share: a layer and direction at a time, each over chunks."""
+
+    solver: Solver | None = None
+    info: list[Record]
+
+    @torch.compiler.disable()  # it breaks the graph of PyTorch's own recurrent modules too
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As the module given to `ps.parallelize`: same arguments, shapes, results and errors."""
+        lengths = self._lengths(input)
+        plan = None if lengths is None else self._plan(input, lengths)
+        states = None if plan is None else self._states(input, hx)
+        if lengths is None or plan is None or states is None:
+            for record in self.__dict__.get("info", ()):
+                record.plainly()
+            return super().forward(input, hx)  # type: ignore[call-arg]
+        return self._over_chunks(input, states, lengths, plan)
+
+    def _lengths(self, given: Any) -> tuple[int, ...] | None:
+        """Steps of each sequence; None for what PyTorch has to run, or to refuse."""
+        solver = self.solver
+        if isinstance(solver, Sequential) or torch.jit.is_tracing():
+            return None
+        auto = solver is None or solver.chunk_length == "auto"
+        if isinstance(given, PackedSequence):
+            data, longest = given.data, len(given.batch_sizes)
+        elif isinstance(given, Tensor) and given.dim() in (2, 3):
+            data, longest = given, given.shape[0 if given.dim() == 2 or not self.batch_first else 1]
+        else:
+            return None
+        kind = data.device.type
+        if longest < (SHORTEST if auto else 1) or kind not in MACHINES or data.shape[-1] != self.input_size:
+            return None
+        capturing = kind == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing or (kind == "cpu" and torch.is_autocast_enabled("cpu")) or data.numel() == 0:
+            return None
+        if isinstance(given, PackedSequence):
+            return tuple(conjugate(given.batch_sizes).tolist())
+        return (longest,) * (1 if given.dim() == 2 else given.shape[0 if self.batch_first else 1])
+
+    def _plan(self, given: Any, lengths: tuple[int, ...]) -> Sequence[Cut] | None:
+        """What each layer and direction runs; None: the module's own way."""
+        records = self.__dict__.setdefault("info", [Record() for _ in self.all_weights])
+        if isinstance(self.solver, MultipleShooting) and self.solver.chunk_length != "auto":
+            length = min(int(self.solver.chunk_length), max(lengths))
+            return [fixed(length, r.horizon()) for r in records]
+        x = given.data if isinstance(given, PackedSequence) else given
+        training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        shape = Shape(
+            self.mode, self.input_size, self.hidden_size, self.proj_size, self.num_layers, 1 + self.bidirectional,
+            max(lengths), sum(lengths), _autocast_dtype(x), x.device.type,
+            1 if x.is_cuda else torch.get_num_threads(), _tf32(x), training,
+        )  # fmt: skip
+        plan, resting = None, [r.rested(max(lengths)) for r in records]
+        if not any(resting):
+            plan = choose(shape, tuple(r.horizon() for r in records))
+            if plan is None and choose(shape, (Record().horizon(),) * len(records)) is not None:
+                for r in records:
+                    r.give_up()
+        return plan
+
+    def _states(self, given: Any, hx: Any) -> list[Tensor] | None:
+        """The initial states (layers * directions, B, H), checked by PyTorch; None where it has to refuse them."""
+        packed = isinstance(given, PackedSequence)
+        data, batch_sizes = (given.data, given.batch_sizes) if packed else (given, None)
+        single = not packed and data.dim() == 2
+        if single:
+            data = data.unsqueeze(0 if self.batch_first else 1)
+        if hx is None:
+            h = data.new_zeros(self.get_expected_hidden_size(data, batch_sizes))
+            found = [h, h.new_zeros(*h.shape[:2], self.hidden_size)] if self.mode == "LSTM" else [h]
+        else:
+            found = list(hx) if self.mode == "LSTM" else [hx]
+            if any(not isinstance(v, Tensor) or v.dim() != 3 - single or v.device != data.device for v in found):
+                return None
+            found = [v.unsqueeze(1) for v in found] if single else found
+        self.check_forward_args(data, tuple(found) if self.mode == "LSTM" else found[0], batch_sizes)  # type: ignore[arg-type]
+        if packed and given.sorted_indices is not None and hx is not None:
+            found = [v.index_select(1, given.sorted_indices) for v in found]
+        return found
+
+    def _over_chunks(self, given: Any, states: list[Tensor], lengths: tuple[int, ...], plan: Sequence[Cut]) -> Any:
+        packed = isinstance(given, PackedSequence)
+        data = given.data if packed else given
+        x = data if data.dim() == 2 else data.flatten(0, 1)
+        dtype = _autocast_dtype(x)
+        x, states = x.to(dtype), [v.to(dtype) for v in states]
+        time_major = packed or (data.dim() == 3 and not self.batch_first)
+        ways, finals = 1 + self.bidirectional, []
+        for layer in range(self.num_layers):
+            ys = []
+            for k in range(layer * ways, (layer + 1) * ways):
+                y, final = self._layer(k, x, [v[k] for v in states], lengths, plan[k], time_major)
+                ys.append(y)
+                finals.append(final)
+            x = torch.cat(ys, 1) if self.bidirectional else ys[0]
+            if self.dropout and layer < self.num_layers - 1:
+                x = nn.functional.dropout(x, self.dropout, self.training)
+        last = [torch.stack(v) for v in zip(*finals, strict=True)]
+        if packed:
+            out = given._replace(data=x)
+            if given.unsorted_indices is not None:
+                last = [v.index_select(1, given.unsorted_indices) for v in last]
+        else:
+            out = x if data.dim() == 2 else x.unflatten(0, data.shape[:2])
+            last = [v.squeeze(1) for v in last] if data.dim() == 2 else last
+        return out, tuple(last) if self.mode == "LSTM" else last[0]
+
+    def _layer(
+        self, k: int, x: Tensor, initial: Sequence[Tensor], lengths: tuple[int, ...], plan: Cut, time_major: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Layer and direction k: x (N, D), initial states (B, H) -> y (N, H), final states."""
+        weights = [w.to(x.dtype) for w in self.all_weights[k]]
+        if x.is_cuda and torch.backends.cudnn.enabled and torch._use_cudnn_rnn_flatten_weight():
+            own = weights[0] is self.all_weights[k][0] and torch.backends.cudnn.is_acceptable(x)  # not bfloat16
+            if not own or len(self.info) > 1:  # else `flatten_parameters` has put them in one piece
+                sizes = (len(weights), x.shape[1], self.mode, self.hidden_size, self.proj_size)
+                weights = _Flat.apply(sizes, *weights)  # type: ignore[misc]
+        reverse = self.bidirectional and k % 2 == 1
+        sequences = functools.partial(cut, lengths, time_major=time_major, reverse=reverse, device=x.device)
+        given = self.solver if isinstance(self.solver, MultipleShooting) else MultipleShooting()
+        tol = given.tol if given.tol is not None else _TF32 if _tf32(x) else _TOLERANCE[x.dtype]
+        shoot = functools.partial(_shoot, self.mode, self.bias)
+        whole = functools.partial(sequences, max(lengths))
+        task = Task(
+            shoot, sequences(plan.length), whole, tol, plan.lead, plan.passes, plan.affordable, given.max_iters, self.info[k]
+        )  # fmt: skip
+        return solve(task, x, initial, weights)
+
+
+class ParallelGRU(_Parallel, nn.GRU):
+    """A `torch.nn.GRU` that runs in parallel over time; see `ps.parallelize`."""
+
+
+class ParallelLSTM(_Parallel, nn.LSTM):
+    """A `torch.nn.LSTM` that runs in parallel over time; see `ps.parallelize`."""
+
+
+class ParallelRNN(_Parallel, nn.RNN):
+    """A `torch.nn.RNN` that runs in parallel over time; see `ps.parallelize`."""
+
+
+_CLASSES: dict[type, Any] = {nn.GRU: ParallelGRU, nn.LSTM: ParallelLSTM, nn.RNN: ParallelRNN}
+_CLASSES |= {kind: kind for kind in _CLASSES.values()}
+
+
+def _shoot(
+    mode: str, biased: bool, x: Tensor, batch_sizes: Tensor | None, starts: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    states = tuple(v.unsqueeze(0) for v in starts)
+    hx: Any = states if mode == "LSTM" else states[0]
+    options = (weights, biased, 1, 0.0, torch.is_grad_enabled(), False)
+    with torch.autocast(x.device.type, enabled=False):
+        if batch_sizes is None:
+            y, *ends = _CALLS[mode](x.view(-1, len(starts[0]), x.shape[1]), hx, *options, False)
+            y = y.flatten(0, 1)
+        else:
+            y, *ends = _CALLS[mode](x, batch_sizes, hx, *options)
+    return y, [v.squeeze(0) for v in ends]
+
+
+class _Flat(torch.autograd.Function):
+    """Copies of a layer's weights in the one piece of memory that cuDNN reads."""
+
+    @staticmethod
+    def forward(ctx, sizes: tuple[int, int, str, int, int], *weights: Tensor):  # type: ignore[override]
+        from torch.backends.cudnn import rnn
+
+        count, inputs, mode, hidden, projected = sizes
+        flat = [w.detach().clone() for w in weights]
+        torch._cudnn_rnn_flatten_weight(
+            flat, count, inputs, rnn.get_cudnn_mode(mode), hidden, projected, 1, False, False
+        )
+        return tuple(flat)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # type: ignore[override]
+        return None, *grads
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+
+
+def _tf32(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]

@@ -1,0 +1,337 @@
+"""Multiple shooting with the zero Jacobian, around a recurrence that is a black box: one that only runs and is differentiated.
+
+Chunks are extra batch. Forward: s_{c+1} <- e_c(s_c) until no start moves; after k passes the first k chunks are exact.
+Backward, the same for the gradients that cross chunk boundaries: dL/de_c <- dL/ds_{c+1}, by the recurrence's own backward.
+Weight gradients come from the last pass alone. Source: the parareal iteration (Lions, Maday, Turinici 2001) without its coarse solver.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ConvergenceError, GradientError
+from .chunks import Chunks
+
+# (steps (N, D) in chunked order, batch sizes or None, starts, weights) -> (outputs (N, H), ends); differentiable where gradients are on.
+Shoot = Callable[[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
+
+
+@dataclass
+class Record:
+    """How a recurrence was solved last, and how many steps it takes to forget: what a plan for the next call is made from.
+
+    `passes` and `backward_passes` over the chunks, the last `defect`; `chunk_length` 0 where it ran plainly.
+    """
+
+    chunk_length: int = 0
+    passes: int = 1
+    backward_passes: int = 1
+    defect: float = 0.0
+    horizons: list[float] = field(default_factory=lambda: [32.0, 32.0])  # steps to forget: forward, backward
+    least: list[float] = field(
+        default_factory=lambda: [0.0, 0.0]
+    )  # the horizon when last it could be told from rounding
+    rest: int = 0  # plain calls before the next attempt
+    wait: int = 32  # `rest` after the next failure
+
+    def horizon(self) -> tuple[int, int]:
+        """Steps, forward and backward."""
+        return math.ceil(self.horizons[0]), math.ceil(self.horizons[1])
+
+    def learn(self, way: int, horizon: float, exact: bool) -> None:
+        """Forward (0) or backward (1) took that many steps to forget, or no more than that: up at once, down slowly."""
+        if exact and math.isfinite(horizon):
+            self.horizons[way] = self.least[way] = max(horizon, 0.9 * self.horizons[way])
+        elif not exact:
+            self.least[way] *= 0.995
+            self.horizons[way] = max(0.9 * self.horizons[way], self.least[way])
+
+    def plainly(self) -> None:
+        """It ran as one chunk a sequence."""
+        self.chunk_length, self.passes, self.backward_passes, self.defect = 0, 1, 1, 0.0
+
+    def give_up(self) -> None:
+        """Chunks did not pay: leave them for a while, each time for longer."""
+        self.rest, self.wait = self.wait, min(2 * self.wait, 1024)
+
+    def rested(self, time: int) -> bool:
+        """Whether this call still rests; after the last of them, chunks get another chance at sequences of `time` steps."""
+        if self.rest == 0:
+            return False
+        self.rest -= 1
+        if self.rest == 0:
+            self.horizons = [min(h, time / 8) for h in self.horizons]
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One run of `shoot`: `chunks`, or `whole` sequences instead once more than `affordable` further passes are needed.
+
+    `tol` bounds what a start may still move, relative to max(1, |state|), and a gradient, relative to the largest;
+    `passes` (forward, backward) are made before looking; `limit`: passes allowed. The first pass is a guess: forward over the last
+    `lead` steps of each chunk, backward over the first, all of them but where chunks are of one length.
+    """
+
+    shoot: Shoot
+    chunks: Chunks
+    whole: Callable[[], Chunks]
+    tol: float
+    lead: int
+    passes: tuple[int, int]
+    affordable: float
+    limit: int | None
+    record: Record
+
+    def guess(self, chunks: Chunks) -> int:
+        """Steps of a chunk that the first pass takes."""
+        split = chunks.count > 1 and chunks.batch_sizes() is None
+        return min(self.lead, chunks.length) if split else chunks.length
+
+    def exact(self, chunks: Chunks) -> int:
+        """Passes after which no chunk can be wrong: each makes one more right, but for a guess."""
+        return chunks.count + (self.guess(chunks) < chunks.length)
+
+
+class Run(NamedTuple):
+    """A pass over all chunks: its inputs, as leaves of a graph where gradients are on, and what came: outputs up to the states
+    `middle` and after them, and `ends`. `middle` is `ends` where the pass was made in one piece."""
+
+    x: Tensor
+    starts: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    ys: Sequence[Tensor]
+    middle: Sequence[Tensor]
+    ends: Sequence[Tensor]
+
+
+def solve(task: Task, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Run all sequences: x (N, D), `initial` states (B, H) -> outputs (N, H) in the order of x, final states (B, H).
+
+    Raises `ConvergenceError` at the task's limit, `GradientError` when differentiated twice.
+    """
+    if torch.is_grad_enabled() and any(v.requires_grad for v in (x, *initial, *weights)):
+        y, *final = _Solve.apply(task, len(initial), x, *initial, *weights)  # type: ignore[misc]
+        return y, final
+    return _outcome(*forward(task, x, initial, weights, None))
+
+
+def _outcome(chunks: Chunks, run: Run) -> tuple[Tensor, list[Tensor]]:
+    y = torch.cat([v.detach() for v in run.ys]) if len(run.ys) > 1 else run.ys[0].detach()
+    return y.index_select(0, chunks.inverse), [e.detach().index_select(0, chunks.last) for e in run.ends]
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, task: Task, states: int, x: Tensor, *tensors: Tensor):  # type: ignore[override]
+        needed = ctx.needs_input_grad[2:]
+        # Whoever intercepts what is saved (checkpointing, offloading) wants no graph kept: then backward makes its own.
+        keep = torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # type: ignore[attr-defined]
+        ctx.save_for_backward(x, *tensors)
+        chunks, run = forward(task, x, tensors[:states], tensors[states:], needed if keep else None)
+        ctx.task, ctx.chunks, ctx.states = task, chunks, states
+        ctx.starts, ctx.run = [v.detach() for v in run.starts], run if keep else None
+        y, final = _outcome(chunks, run)
+        return y, *final
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, *d_final: Tensor):  # type: ignore[override]
+        x, *tensors = saved = ctx.saved_tensors
+        run, ctx.run = ctx.run, None
+        with torch.no_grad():
+            grads = backward(
+                ctx.task, ctx.chunks, run, x.detach(), ctx.starts, tensors[: ctx.states], tensors[ctx.states :],
+                dy.detach(), [v.detach() for v in d_final], ctx.needs_input_grad[2:],
+            )  # fmt: skip
+        if torch.is_grad_enabled():
+            grads = _Once.apply(len(grads), *grads, dy, *d_final, *saved)  # type: ignore[misc]
+        return None, None, *grads
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which refuse to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, count: int, *tensors: Tensor | None):  # type: ignore[override]
+        return tuple(v if v is None else v.clone() for v in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # type: ignore[override]
+        raise GradientError(
+            "a parallelized module was differentiated twice; it provides first derivatives only, as cuDNN does. "
+            "For second derivatives run the module that was given to ps.parallelize, under torch.backends.cudnn.flags(enabled=False)."
+        )
+
+
+def launch(
+    task: Task, chunks: Chunks, x: Tensor, starts: Sequence[Tensor], weights: Sequence[Tensor], needed: Sequence[bool] | None
+) -> Run:  # fmt: skip
+    """One pass from `starts`, x in chunked order; with a graph for the inputs (x, states, weights) that are `needed`."""
+    with torch.set_grad_enabled(needed is not None):
+        if needed is not None:
+            x = x.detach().requires_grad_(needed[0])
+            starts = [v.detach().requires_grad_() for v in starts]
+            wanted = needed[1 + len(starts) :]
+            weights = [w.detach().requires_grad_(n) for w, n in zip(weights, wanted, strict=True)]
+        lead = task.guess(chunks)
+        if needed is None or lead == chunks.length:
+            y, ends = task.shoot(x, chunks.batch_sizes(), starts, weights)
+            return Run(x, starts, weights, [y], ends, ends)
+        # In two pieces, so that a backward pass may be made over the first alone.
+        head, tail = x.tensor_split([lead * chunks.rows])
+        first, middle = task.shoot(head, None, starts, weights)
+        second, ends = task.shoot(tail, None, middle, weights)
+        return Run(x, starts, weights, [first, second], middle, ends)
+
+
+def forward(
+    task: Task, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], needed: Sequence[bool] | None
+) -> tuple[Chunks, Run]:
+    """Iterate on the chunks' starts; the run from the last of them, and the chunks it was over."""
+    chunks, record, tol = task.chunks, task.record, task.tol
+    inner = x.index_select(0, chunks.order)
+    starts = chunks.hand_on([v.new_zeros(chunks.rows, v.shape[1]) for v in initial], initial)
+    lead, exact = task.guess(chunks), task.exact(chunks)
+    planned = min(task.passes[0], exact, task.limit or exact)
+    record.chunk_length, record.passes, record.defect = chunks.length, planned, 0.0
+    begun = None
+    for k in range(1, planned):
+        part = inner[(chunks.length - lead) * chunks.rows :] if k == 1 else inner
+        after = chunks.hand_on(launch(task, chunks, part, starts, weights, None).ends, initial)
+        begun = _moved(after, starts).max() if begun is None else begun
+        starts = after
+    run = launch(task, chunks, inner, starts, weights, needed)
+    if chunks.count == 1:
+        return chunks, run
+    moved = _moved(chunks.hand_on([e.detach() for e in run.ends], initial), starts).max()
+    rate, horizon, record.defect = _read(begun, moved, lead + (planned - 2) * chunks.length, planned, tol)
+    record.learn(0, horizon, not record.defect <= tol / 2)
+    if planned == exact or record.defect <= tol * (1 - rate):
+        record.wait = 32
+        return chunks, run
+    if _further(horizon, chunks.length, planned) + 1 > task.affordable:
+        chunks, starts = _whole(task, initial, record.defect)
+        return chunks, launch(task, chunks, x.index_select(0, chunks.order), starts, weights, needed)
+    ends, y = [e.detach() for e in run.ends], run.ys[0].detach() if needed is None else None
+    del run  # its graph
+    while True:  # only chunks whose start still moves; those before them are exact, so this ends
+        after = chunks.hand_on(ends, initial)
+        distance = _moved(after, starts)
+        active = (~(distance <= tol * (1 - rate))).nonzero()[:, 0]
+        record.defect = float(distance.max())
+        if len(active) == 0:
+            break
+        if record.passes == task.limit:
+            raise ConvergenceError(record.passes, record.defect, tol, chunks.count)
+        if record.passes - planned > task.affordable:
+            chunks, starts = _whole(task, initial, record.defect)
+            return chunks, launch(task, chunks, x.index_select(0, chunks.order), starts, weights, needed)
+        places = chunks.places(active)
+        some = [v.index_select(0, active) for v in after]
+        part, reached = task.shoot(inner.index_select(0, places), chunks.batch_sizes(active), some, weights)
+        if y is not None:
+            y.index_copy_(0, places, part)
+        for whole, v in zip((*ends, *starts), (*reached, *some), strict=True):
+            whole.index_copy_(0, active, v)
+        record.passes += 1
+    if y is not None:
+        return chunks, Run(inner, starts, weights, [y], ends, ends)
+    return chunks, launch(task, chunks, inner, starts, weights, needed)
+
+
+def _whole(task: Task, initial: Sequence[Tensor], defect: float) -> tuple[Chunks, list[Tensor]]:
+    """One chunk a sequence, and where it starts; no chunks for a while, unless it was infinities that kept them from settling."""
+    whole = task.whole()
+    task.record.plainly()
+    if math.isfinite(defect):
+        task.record.give_up()
+    return whole, whole.hand_on([v.new_empty(whole.rows, v.shape[1]) for v in initial], initial)
+
+
+def backward(
+    task: Task,
+    chunks: Chunks,
+    run: Run | None,
+    x: Tensor,
+    starts: Sequence[Tensor],
+    initial: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    dy: Tensor,
+    d_final: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients by (x, initial states, weights), None where not `needed`, from those by the outputs and final states.
+
+    `run` is the graph of the last forward pass, which this uses up; None: it is made again from `starts`.
+    """
+    record, done, across = task.record, 0, None
+    passes = min(task.passes[1], task.exact(chunks))
+    while True:
+        run = run or launch(task, chunks, x.index_select(0, chunks.order), starts, weights, needed)
+        leaves = [v for v in (run.x, *run.weights) if v.requires_grad]
+        inner = dy.index_select(0, chunks.order).split([len(y) for y in run.ys])
+        after = before = across or chunks.hand_back([torch.zeros_like(v) for v in starts], d_final)
+        for left in reversed(range(passes)):
+            before, wanted = after, [*run.starts, *(() if left else leaves)]
+            outputs, by_outputs = (*run.ys, *run.ends), (*inner, *before)
+            if len(run.ys) > 1 and left == passes - 1 > 0 == done:
+                outputs, by_outputs = (run.ys[0], *run.middle), (inner[0], *map(torch.zeros_like, before))
+            grads = torch.autograd.grad(outputs, wanted, by_outputs, retain_graph=left > 0)
+            by_starts, by_leaves = grads[: len(starts)], iter(grads[len(starts) :])
+            after = chunks.hand_back(by_starts, d_final)
+        done += passes
+        if done >= task.exact(chunks):
+            break
+        steps = task.guess(chunks) + (done - 2) * chunks.length
+        rate, horizon, defect = _read(None, _relative(after, before), steps, done, task.tol)
+        record.learn(1, horizon, not defect <= task.tol / 2)
+        if defect <= task.tol * (1 - rate):
+            break
+        further, run, across = _further(horizon, chunks.length, done), None, after
+        passes = int(min(further, task.exact(chunks) - done))
+        if further > task.affordable:
+            chunks, starts = _whole(task, initial, defect)
+            passes, done, across = 1, 0, None
+    record.backward_passes = done
+    d_x = next(by_leaves).index_select(0, chunks.inverse) if needed[0] else None
+    d_initial = [g.index_select(0, chunks.first) if n else None for g, n in zip(by_starts, needed[1:], strict=False)]
+    return [d_x, *d_initial, *(next(by_leaves) if n else None for n in needed[1 + len(starts) :])]
+
+
+def _moved(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
+    """How far each chunk's states moved (R,), relative to max(1, |state|). Equal infinities have not, nor have two NaNs."""
+    found = []
+    for a, b in zip(new, old, strict=True):
+        same = (a == b) | (a.isnan() & b.isnan())
+        found.append(((a - b).abs() / b.abs().clamp_min(1.0)).masked_fill(same, 0.0).amax(1))
+    return torch.stack(found).amax(0)
+
+
+def _relative(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
+    """The largest change of a gradient relative to the largest gradient, over all states."""
+    pairs = zip(new, old, strict=True)
+    return torch.stack(
+        [(a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny) for a, b in pairs]
+    ).amax()
+
+
+def _read(first: Tensor | None, last: Tensor, steps: int, passes: int, tol: float) -> tuple[float, float, float]:
+    """Waits for the device: contraction of a pass, steps in which a change of `first` (None: of 1) shrinks to `tol` if it shrank to
+    `last` in `steps`, and `last`."""
+    a, b = torch.stack([torch.ones_like(last) if first is None else first, last]).tolist()
+    if passes == 1 or not b < a:
+        return 0.0, (1.0 if b <= tol else math.inf), b
+    least = max(tol, 1e-30)
+    shrunk = math.log(max(b, 1e-3 * least) / a)
+    return min(math.exp(shrunk / (passes - 1)), 0.9), steps * max(math.log(least / a) / shrunk, 0.0), b
+
+
+def _further(horizon: float, length: int, passes: int) -> float:
+    """Passes still to make; at least one."""
+    return max(math.ceil(horizon / length) + 1 - passes, 1) if math.isfinite(horizon) else math.inf
