@@ -163,10 +163,11 @@ def main() -> None:
         "--only", choices=("long", "short"), help="long: the shapes above 1,000 steps; short: 16 to 512 steps"
     )
     parser.add_argument("--forward", action="store_true", help="without gradients")
+    parser.add_argument("--commit", metavar="HASH", help="what the rows call this version (default: git's)")
     parser.add_argument("--out", type=Path, help="rows are added to this file, one JSON object a line")
     options = parser.parse_args()
     device = torch.device(options.device)
-    where = facts(device)
+    where = facts(device, options.commit)
     print(f"{where['device']}, commit {where['commit']}, torch {torch.__version__}")
     for kind, variant, shape, truth in cases(options):
         row = measure(kind, variant, shape, device, not options.forward, truth)

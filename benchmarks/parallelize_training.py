@@ -109,13 +109,14 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="short sequences, a narrow module, one seed")
+    parser.add_argument("--commit", metavar="HASH", help="what the rows call this version (default: git's)")
     parser.add_argument("--out", type=Path, help="rows are added to this file, one JSON object a line")
     options = parser.parse_args()
     if options.quick:
         options.time, options.hidden, options.seeds, options.batch, options.batches = 2048, 32, 1, 4, 4
     device = torch.device(options.device)
     torch.backends.cudnn.allow_tf32 = False
-    where = facts(device)
+    where = facts(device, options.commit)
     print(f"{where['device']}, commit {where['commit']}, torch {torch.__version__}")
     for task in options.tasks:
         for seed in range(options.seeds):
