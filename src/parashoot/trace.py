@@ -2,8 +2,8 @@
 
 One trace of `(states, inputs, params, cotangents) -> (new states, cotangents of states, inputs, params)` holds everything:
 the Jacobian's row i is the same graph with the cotangents bound to the unit vector e_i. PyTorch does the differentiation.
-Channelwise steps become a canonical scalar graph (`graph.py`); steps that mix channels keep PyTorch's own graph, with the
-number of rows symbolic. Traces are made on a thread of their own, so the caller's autocast, inference mode, compiler or
+Channelwise steps become a canonical scalar graph (`graph.py`); steps that mix channels run as PyTorch's own graph, with the
+number of rows symbolic, and of headwise ones kernels are made from a canonical graph too (`heads.py`). Traces are made on a thread of their own, so the caller's autocast, inference mode, compiler or
 autograd state cannot leak into them.
 """
 
@@ -25,6 +25,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .cell import Cell
 from .errors import CellError, StructureError, bad_cell
 from .graph import Builder, Graph, UnknownOperation, from_fx
+from .heads import Sizes
+from .heads import from_fx as heads_from_fx
 from .rules import check_rules, line_of
 
 Tensors = Sequence[Tensor]
@@ -40,8 +42,10 @@ class Trace:
       K = S n (H = 1, n = C for a dense cell).
     - `vjp(states, inputs, params, cotangents)`: cotangents of inputs and (summed over R) of params.
     - `pull(states, inputs, params, cotangents)`: cotangents of the states.
-    - `step_ops`, `jacobian_ops`: elementary operations per step, for the cost model. Channelwise only: `graph`, the
-      canonical graph of the new states and the Jacobian's rows, and `adjoint`, of the cotangents of states, inputs and params.
+    - `step_ops`, `jacobian_ops`: elementary operations per step, for the cost model.
+    - `graph`, the canonical graph of the new states and, channelwise, the Jacobian's rows; `adjoint`, of the cotangents of states,
+      inputs and params. None for a dense step, and for a headwise one that has no such graph: `obstacle` names the operation.
+    - `pairs`: how many outer products g v^T each parameter's cotangent is a sum of, given as g and v each; None for a vector.
     """
 
     digest: str
@@ -52,10 +56,14 @@ class Trace:
     jacobian: Callable[[Tensors, Tensors, Tensors], Tensor]
     vjp: Callable[[Tensors, Tensors, Tensors, Tensors], tuple[list[Tensor], list[Tensor]]]
     pull: Callable[[Tensors, Tensors, Tensors, Tensors], list[Tensor]]
+    pairs: tuple[int | None, ...] = ()
+    obstacle: str | None = None
 
     @functools.cached_property
     def foreign(self) -> tuple[str, ...]:
         """Operations of the step or its derivatives that only PyTorch can run."""
+        if self.obstacle is not None:
+            return (self.obstacle,)
         graphs = [g for g in (self.graph, self.adjoint) if g is not None]
         return tuple(sorted({op for g in graphs for op in g.only_in_torch()}))
 
@@ -271,7 +279,40 @@ def _trace_matrix(
 
     text = f"{cell.structure},{feature},{cell.output}\n{fx.graph}"
     ops = sum(n.op == "call_function" for n in fx.graph.nodes)
-    return Trace(_digest(text), max(1, ops // 4), ops * k, None, None, jacobian, vjp, pull)
+    canonical = _head_graphs(cell, shapes) if cell.structure == "headwise" else (None, None, (), None)
+    graph, adjoint, pairs, obstacle = canonical
+    return Trace(_digest(text), max(1, ops // 4), ops * k, graph, adjoint, jacobian, vjp, pull, pairs, obstacle)
+
+
+def _head_graphs(
+    cell: Cell, shapes: tuple
+) -> tuple[Graph | None, Graph | None, tuple[int | None, ...], str | None]:
+    """`graph`, `adjoint`, `pairs` and `obstacle` of a headwise trace; they depend on no size but the width."""
+    slots, inputs, width = len(cell.states), len(cell.inputs), cell.width or 1
+    rows, heads = [p for p in (7, 11, 13, 17, 19) if p != width and width % (7 * p)][:2]
+    sizes = [(rows, heads, width)] * (slots + inputs) + [(heads, *s[1:]) for s in shapes] + [(rows, heads, width)] * slots
+    roles = (("h", slots), ("x", inputs), ("p", len(shapes)), ("g", slots))
+    names = [f"{role}{k}" for role, n in roles for k in range(n)]
+    matrices = {f"p{k}" for k, s in enumerate(shapes) if len(s) == 3}
+    values = [_random(s, torch.float64, "cpu", 7 + k) for k, s in enumerate(sizes)]
+    decompositions: Any = core_aten_decompositions()
+    try:
+        if width == 1:
+            raise UnknownOperation("a head of one channel", "it is channelwise")
+        fx = make_fx(_both_ways(cell), decomposition_table=decompositions)(*values)
+        whole, pairs = heads_from_fx(fx, names, Sizes(rows, heads, width), matrices)
+    except UnknownOperation as e:
+        return None, None, (), str(e.args[0])
+    found = iter(whole.compile(torch.float64)(*values))
+    for want, count in zip(fx(*values), pairs, strict=True):
+        got: Any = sum(torch.einsum("rhi,rhj->hij", next(found), next(found)) for _ in range(count or 0))
+        got = next(found) if count is None else got
+        if want is not None and not torch.allclose(
+            _filled(got, want) if not isinstance(got, Tensor) or got.dim() == want.dim() else got.sum(0), want
+        ):
+            return None, None, (), "a canonical graph that computes something else"
+    adjoint = whole.select(range(slots, len(whole.outputs)))
+    return whole.select(range(slots)), adjoint, tuple(pairs[slots + slots + inputs :]), None
 
 
 def _outputs_only(fx: torch.fx.GraphModule, keep: list[int]) -> torch.fx.GraphModule:
