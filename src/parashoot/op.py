@@ -145,7 +145,7 @@ def _gradients(
             dy = x.new_zeros(()).expand(batch, time, 1, channels)
         dy = dy if dy.dim() == 4 else dy.unsqueeze(2)
         dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-        tol = tolerance_backward(x.dtype)
+        tol = tolerance_backward(cell, x.dtype)
         return run_backward(cell, found, plan.tiling, dy, dh_n, x, params, h0, reset, states, reverse, tol)
     with torch.autocast(x.device.type, enabled=False):
         grads, layout = _solve_backward(cell, plan, found, dy, dh_n, x.flatten(3), params, h0, reset, states, reverse)
@@ -282,7 +282,8 @@ def run(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool, solver: Solver
 ) -> tuple[Tensor, Tensor, Tensor | list[float], Tensor | None]:  # fmt: skip
     """(y, h_n, stats, facts or their summary), directly on plain tensors, through the operator when compiling or on tensor subclasses."""
-    if x.dim() == 5 and x.shape[4] % WIDEST:
+    odd_heads = bin(cell.width or 1).count("1") > 1  # tiles of them do not divide WIDEST
+    if x.dim() == 5 and (x.shape[4] % WIDEST or odd_heads):
         x = x.flatten(3)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, *params))
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
@@ -307,7 +308,7 @@ def advance(cell: Cell, state: Tensor, inputs: Tensor, params: list[Tensor], inp
     """
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (state, inputs, *params))
     plain = not (wanted or torch.compiler.is_compiling())
-    if plain and backend_for(cell, inputs.dtype, inputs.device, MultipleShooting()) == "triton":
+    if plain and cell.width is None and backend_for(cell, inputs.dtype, inputs.device, MultipleShooting()) == "triton":
         from .triton.runtime import run_decode
 
         out = state if inplace else torch.empty_like(state)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .cell import Cell
+from .cell import Cell, parameter_shapes
 from .errors import CellError, StructureError, bad_cell
 from .graph import Builder, Graph, UnknownOperation, from_fx
 from .heads import Sizes
@@ -91,6 +91,15 @@ def trace(cell: Cell, dtype: torch.dtype, device: torch.device, feature: tuple[i
             make = _trace_channelwise if cell.structure == "channelwise" else _trace_matrix
             _traces[key] = _on_fresh_thread(lambda: make(cell, dtype, device, feature, param_shapes))
     return _traces[key]
+
+
+def trace_of(cell: Cell, dtype: torch.dtype, device: torch.device) -> Trace:
+    """A trace whose graphs are those of every shape: what kernels are made from."""
+    if cell.width is None:
+        return trace(cell, dtype, device, (), ())
+    feature = (3 if cell.width != 3 else 4, cell.width)
+    shapes = parameter_shapes(cell, feature[0] * cell.width)
+    return trace(cell, dtype, device, feature, tuple(feature if len(s) == 1 else tuple(s) for s in shapes))
 
 
 def _on_fresh_thread(work: Callable[[], Any]) -> Any:
