@@ -115,7 +115,7 @@ def _(x, params, h0, reset, cell, reverse, all_states, save, length, tol, max_it
     solver = _decode(length, tol, max_iters, jacobian, backend)
     kind = backend_for(made, x.dtype, x.device, solver)
     y = x.new_empty((b, t, slots, c) if all_states else (b, t, c))
-    rows = -(-t // unroll_for(slots)) if kind == "triton" else t
+    rows = -(-t // unroll_for(slots, made.width is not None)) if kind == "triton" else t
     saved = (b, rows, slots, c) if save and _needs_saved(made, x, all_states, kind) else (0,)
     return (
         y,

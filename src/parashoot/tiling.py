@@ -40,14 +40,16 @@ class Tiling:
         return each, -(-length // each)
 
 
-def unroll_for(slots: int) -> int:
+def unroll_for(slots: int, heads: bool = False) -> int:
     """Steps a loop trip; cells of several slots store their states once a trip."""
+    if heads:
+        return 1 if slots == 1 else 2
     return 4 if slots <= 2 else 2
 
 
-def stages_for(slots: int) -> int:
+def stages_for(slots: int, heads: bool = False) -> int:
     """Loop trips whose loads are in flight."""
-    return 4 if slots == 1 else 3
+    return 4 if slots == 1 and not heads else 3
 
 
 _BURN = {2: 32, 4: 48}  # steps led in at first, by the bytes of a number: float32 has to forget more exactly
@@ -112,7 +114,7 @@ def choose_heads(
     batch: int, time: int, channels: int, itemsize: int, slots: int, width: int, processors: int, chunk_length: int | None
 ) -> tuple[Tiling, tuple[str, ...]]:  # fmt: skip
     """The same for heads of `width` channels: a program takes 16 rows (chunks of sequences) of as many heads as fit in a tile."""
-    unroll = unroll_for(slots)
+    unroll, stages = unroll_for(slots, True), stages_for(slots, True)
     columns = max(_ROWS, 1 << (width - 1).bit_length())
     tiles = -(-channels // (columns // width * width))
     burn = _BURN[itemsize]
@@ -120,7 +122,7 @@ def choose_heads(
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     else:
         chunks, reasons = _chunks(batch * tiles, "tiles of heads", time, unroll, processors * _HEAD_ROWS, burn)
-    return Tiling(columns, 1, unroll, 2, min(chunks, _MOST_ROWS), burn, 1, columns), tuple(reasons)
+    return Tiling(columns, 1, unroll, stages, min(chunks, _MOST_ROWS), burn, 1, columns), tuple(reasons)
 
 
 # What `ps.tune` found: for each kind of device, tilings by cell, dtype and shape.

@@ -114,6 +114,13 @@ def above(v, own, step, live, first):
 
 
 @triton.jit
+def halves(v):
+    """Two bf16 whose sum is v but for 2^-16 of it: its leading bits, and the rest."""
+    high = (v.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), (v - high).to(tl.bfloat16)
+
+
+@triton.jit
 def mixed(v, matrix, inside, same, FAST: tl.constexpr, MASKED: tl.constexpr, APART: tl.constexpr):
     """v times a block-diagonal matrix, for each row of v. FAST: each factor as a sum of two bf16, 2^-16 off.
 
@@ -125,8 +132,8 @@ def mixed(v, matrix, inside, same, FAST: tl.constexpr, MASKED: tl.constexpr, APA
     if APART:
         return tl.sum(tl.where(same[None, :, :], v[:, :, None] * matrix[None, :, :], 0.0), 1)
     elif FAST:
-        high, top = v.to(tl.bfloat16), matrix.to(tl.bfloat16)
-        low, rest = (v - high.to(tl.float32)).to(tl.bfloat16), (matrix - top.to(tl.float32)).to(tl.bfloat16)
+        high, low = halves(v)
+        top, rest = halves(matrix)
         return tl.dot(high, top, tl.dot(high, rest, tl.dot(low, top)))
     else:
         return tl.dot(v, matrix, input_precision="tf32x3")

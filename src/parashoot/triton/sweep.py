@@ -117,8 +117,9 @@ def text(cell: Cell, direction: str, reset: bool, return_states: bool) -> str:
     found = trace_of(cell, torch.float32, torch.device("cpu"))
     if found.foreign:
         raise BackendError(f"cell '{cell.name}' uses {', '.join(found.foreign)}, which has no kernel expression.")
-    slots = len(cell.states)
-    return printers[direction](source_of(found, cell, unroll_for(slots), stages_for(slots), return_states, reset, True))
+    sizes = len(cell.states), cell.width is not None
+    made = source_of(found, cell, unroll_for(*sizes), stages_for(*sizes), return_states, reset, True)
+    return printers[direction](made)
 
 
 X_PLACE = ["x_b", "x_t", "x_g", "x_h", "x_c", "width"]
