@@ -24,6 +24,7 @@ from .graph import Atom, Builder, Graph, UnknownOperation, convert
 Label = str | int  # "rows", "heads", or the number of an axis of length n
 Factor = tuple[Atom, tuple[Label, ...]]  # a vector with the label of its axis, a matrix with those of both, a constant with none
 _fresh = itertools.count()
+_NOTHING: tuple[Factor, ...] = ((0.0, ()),)
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Value:
 
 
 def from_fx(
-    module: torch.fx.GraphModule, names: list[str], sizes: Sizes, matrices: set[str]
+    module: torch.fx.GraphModule, names: list[str], sizes: Sizes, matrices: set[str], outputs: list[str]
 ) -> tuple[Graph, list[int | None]]:
     """The canonical graph, and how many pairs (g, v) of outer products each output is; None for an output that is one value.
 
-    Raises `UnknownOperation` where an operation is neither elementwise nor a product by a matrix.
+    `names` of the inputs, of which `matrices` are (H, n, n), and of what each of the `outputs` is the value or the gradient of. Raises `UnknownOperation` where an operation is neither elementwise nor a product by a matrix.
     """
     reader, values = _Reader(Builder(names), sizes, matrices), {}
     inputs = iter(names)
@@ -73,7 +74,8 @@ def from_fx(
         if node.op == "placeholder":
             values[node] = reader.input(next(inputs), node.meta["tensor_meta"].shape)
         elif node.op == "output":
-            found = [reader.output(values[o] if isinstance(o, torch.fx.Node) else 0.0) for o in node.args[0]]
+            given = [values[o] if isinstance(o, torch.fx.Node) else reader.value(0.0) for o in node.args[0]]
+            found = [reader.output(v, name in matrices) for v, name in zip(given, outputs, strict=True)]
             return reader.builder.graph(a for atoms, _ in found for a in atoms), [pairs for _, pairs in found]
         elif node.op == "get_attr":
             constant = getattr(module, str(node.target))
@@ -100,24 +102,22 @@ class _Reader:
     def constant(self, value: Any, shape: Sequence[int]) -> Value:
         return Value(tuple(self.sizes.label(int(s)) for s in shape), (((value, ()),),))
 
-    def output(self, v: Value | float) -> tuple[list[Atom], int | None]:
+    def output(self, v: Value, matrix: bool) -> tuple[list[Atom], int | None]:
         """The atoms of a state or gradient: one, or g and v of each outer product of a matrix's gradient."""
-        if not isinstance(v, Value):
-            return [v], None
         own = [dim[0] for dim in v.dims if dim and isinstance(dim[0], int)]
-        if len(own) == 1 and len(v.dims) == (2 if v.summed else 3) and v.dims[-1] == (own[0],):
-            atoms = [self.atom(term, own[0]) for term in v.terms]
-            total = atoms[0]
-            for a in atoms[1:]:
-                total = self.builder.add("add", total, a)
+        terms = [term for term in v.terms if term != _NOTHING]
+        if not matrix:
+            total: Atom = 0.0
+            for term in terms:
+                total = self.builder.add("add", total, self.atom(term, own[-1] if own else None))
             return [total], None
         pairs: list[Atom] = []
-        for term in v.terms:
+        for term in terms:
             along = {labels[0]: a for a, labels in term if len(labels) == 1}
             if not v.summed or len(term) != 2 or set(along) != set(own):
                 raise UnknownOperation("gradient of a matrix", "it is not a sum of outer products")
             pairs += [along[label] for label in own]
-        return pairs, len(v.terms)
+        return pairs, len(terms)
 
     def atom(self, term: tuple[Factor, ...], label: Label | None) -> Atom:
         """A term that is one value, a vector along `label` or a constant."""
@@ -183,6 +183,8 @@ class _Reader:
         for a, labels in factors:
             if not labels:
                 constant = self.builder.add("mul", constant, a)
+                if constant == 0.0:
+                    return _NOTHING
             elif a not in self.matrices:
                 vectors[labels] = self.builder.add("mul", vectors[labels], a) if labels in vectors else a
         if vectors:
@@ -206,6 +208,8 @@ class _Reader:
         return replace(v, dims=dims)
 
     def contracted(self, term: tuple[Factor, ...], label: Label) -> tuple[Factor, ...]:
+        if term == _NOTHING:
+            return term
         matrix = [f for f in term if f[0] in self.matrices and label in f[1]]
         vector = [f for f in term if f[0] not in self.matrices and label in f[1]]
         if len(matrix) != 1 or len(vector) != 1:

@@ -309,7 +309,8 @@ def _head_graphs(
         if width == 1:
             raise UnknownOperation("a head of one channel", "it is channelwise")
         fx = make_fx(_both_ways(cell), decomposition_table=decompositions)(*values)
-        whole, pairs = heads_from_fx(fx, names, Sizes(rows, heads, width), matrices)
+        outputs = [*names[:slots], *names[: len(names) - slots]]
+        whole, pairs = heads_from_fx(fx, names, Sizes(rows, heads, width), matrices, outputs)
     except UnknownOperation as e:
         return None, None, (), str(e.args[0])
     found = iter(whole.compile(torch.float64)(*values))

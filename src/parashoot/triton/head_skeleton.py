@@ -90,7 +90,7 @@ def {name}_shoot(
     tl.store(facts_ptr + program, odd)
 """
 
-CORRECT = (
+COMPARE = (
     """
 @triton.jit
 def {name}_compare(
@@ -110,8 +110,10 @@ def {name}_compare(
     bad = {apart}
     $r{i} = tl.where(r{i} < 1e38, r{i}, 1e38)$
     return tl.max(tl.max(bad.to(tl.int32), 1), 0), tl.max(tl.max({largest_r}, 1), 0)
+"""
+)
 
-
+CORRECT = """
 @triton.jit(do_not_specialize={fixed})
 def {name}_correct(
     {arguments},
@@ -154,6 +156,5 @@ def {name}_correct(
     tl.store(report + 1, tl.where(again, 0.0, defect))
     tl.store(report + 2, unsolved.to(tl.float32))
 """
-)
 
-TEXTS = (RUN, SHOOT, CORRECT)
+TEXTS = (RUN, SHOOT, COMPARE, CORRECT)
