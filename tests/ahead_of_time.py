@@ -57,12 +57,9 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
             signature[name] = "fp32" if name in ("tol", "floor") else "i32"
         if name.endswith("_ptr") or name in ("C", "width") or re.fullmatch(r"(x|y|dx|dy)_[btgsh]", name):
             attributes[k,] = [["tt.divisibility", 16]]
-    options = {
-        "num_warps": tiling.warps
-        if launch == "shoot"
-        or cell.width
-        else max(1, min(8, tiling.rows * tiling.narrow // (128 if len(cell.states) <= 2 else 64)))
-    }
+    carries = 128 if len(cell.states) <= 2 else 64  # a warp
+    correcting = tiling.warps if cell.width else max(1, min(8, tiling.rows * tiling.narrow // carries))
+    options = {"num_warps": tiling.warps if launch == "shoot" else correcting}
     begun = time.perf_counter()
     compiled = triton.compile(ASTSource(kernel, signature, values, attributes), GPUTarget("cuda", 90, 32), options)
     seconds = time.perf_counter() - begun

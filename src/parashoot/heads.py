@@ -22,7 +22,7 @@ import torch
 from .graph import Atom, Builder, Graph, UnknownOperation, convert
 
 Label = str | int  # "rows", "heads", or the number of an axis of length n
-Factor = tuple[Atom, tuple[Label, ...]]  # a vector with the label of its axis, a matrix with those of both, a constant with none
+Factor = tuple[Atom, tuple[Label, ...]]  # a vector with its axis, a matrix with its two, a constant with none
 _fresh = itertools.count()
 _NOTHING: tuple[Factor, ...] = ((0.0, ()),)
 
@@ -109,7 +109,7 @@ class _Reader:
         if not matrix:
             total: Atom = 0.0
             for term in terms:
-                total = self.builder.add("add", total, self.atom(term, own[-1] if own else None))
+                total = self.builder.add("add", total, self.atom(term, tuple(own[-1:])))
             return [total], None
         pairs: list[Atom] = []
         for term in terms:
@@ -119,9 +119,9 @@ class _Reader:
             pairs += [along[label] for label in own]
         return pairs, len(terms)
 
-    def atom(self, term: tuple[Factor, ...], label: Label | None) -> Atom:
-        """A term that is one value, a vector along `label` or a constant."""
-        if len(term) == 1 and term[0][0] not in self.matrices and term[0][1] in ((), (label,)):
+    def atom(self, term: tuple[Factor, ...], along: tuple[Label, ...]) -> Atom:
+        """A term that is one value: a vector along an axis, or a constant."""
+        if len(term) == 1 and term[0][0] not in self.matrices and term[0][1] in ((), along):
             return term[0][0]
         raise UnknownOperation("product", "it joins two axes of a head and is not summed over one")
 
@@ -234,13 +234,12 @@ class _Reader:
         dims, given = self.aligned(given)
         if any(len(v.terms) != 1 or v.summed for v in given):
             self.refuse(node)
-        labels = {x for v in given for _, own in v.terms[0] for x in own}
-        if len(labels) > 1:
+        along = tuple({x for v in given for _, own in v.terms[0] for x in own})
+        if len(along) > 1:
             self.refuse(node)
-        label = next(iter(labels), None)
-        atoms = iter(self.atom(v.terms[0], label) for v in given)
+        atoms = iter(self.atom(v.terms[0], along) for v in given)
         result = convert(self.builder, node, [next(atoms) if isinstance(a, Value) else a for a in args])
-        return Value(dims, (((result, (label,)),),)) if isinstance(result, str) else self.constant(result, shape)
+        return Value(dims, (((result, along),),)) if isinstance(result, str) else self.constant(result, shape)
 
     def refuse(self, node: torch.fx.Node) -> NoReturn:
         raise UnknownOperation(str(node.target), "it is neither elementwise nor a product by a matrix")

@@ -171,7 +171,6 @@ def _kernel_jacobian(cell: Cell) -> str:
     return "exact" if cell.width is None else "zero"
 
 
-
 @functools.cache
 def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -184,7 +183,9 @@ def no_kernel(
     if cell.structure == "dense":
         return f"kernels are generated for channelwise and headwise cells, and '{cell.name}' is dense"
     if (cell.width or 1) > WIDEST_KERNEL_HEAD:
-        return f"kernels take heads of at most {WIDEST_KERNEL_HEAD} channels, and those of '{cell.name}' have {cell.width}"
+        return (
+            f"kernels take heads of at most {WIDEST_KERNEL_HEAD} channels, and those of '{cell.name}' have {cell.width}"
+        )
     if len(cell.states) > MOST_KERNEL_SLOTS:
         return f"kernels hold at most {MOST_KERNEL_SLOTS} states a channel, and '{cell.name}' has {len(cell.states)}"
     if foreign:

@@ -106,7 +106,7 @@ def _chunks(width: int, unit: str, time: int, unroll: int, full: int, burn: int)
 
 
 _ROWS = 16  # the least that a matrix product takes, of columns too
-_MOST_ROWS = 128  # that a correction holds
+MOST_ROWS = 128  # chunks of a sequence of heads, which a correction holds at once
 _HEAD_ROWS = 8 * _ROWS  # rows of a tile that a multiprocessor advances at once: some warps for each of its four parts
 
 
@@ -122,7 +122,7 @@ def choose_heads(
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     else:
         chunks, reasons = _chunks(batch * tiles, "tiles of heads", time, unroll, processors * _HEAD_ROWS, burn)
-    return Tiling(columns, 1, unroll, stages, min(chunks, _MOST_ROWS), burn, 1, columns), tuple(reasons)
+    return Tiling(columns, 1, unroll, stages, min(chunks, MOST_ROWS), burn, 1, columns), tuple(reasons)
 
 
 # What `ps.tune` found: for each kind of device, tilings by cell, dtype and shape.

@@ -293,13 +293,12 @@ def _trace_matrix(
     return Trace(_digest(text), max(1, ops // 4), ops * k, graph, adjoint, jacobian, vjp, pull, pairs, obstacle)
 
 
-def _head_graphs(
-    cell: Cell, shapes: tuple
-) -> tuple[Graph | None, Graph | None, tuple[int | None, ...], str | None]:
+def _head_graphs(cell: Cell, shapes: tuple) -> tuple[Graph | None, Graph | None, tuple[int | None, ...], str | None]:
     """`graph`, `adjoint`, `pairs` and `obstacle` of a headwise trace; they depend on no size but the width."""
     slots, inputs, width = len(cell.states), len(cell.inputs), cell.width or 1
     rows, heads = [p for p in (7, 11, 13, 17, 19) if p != width and width % (7 * p)][:2]
-    sizes = [(rows, heads, width)] * (slots + inputs) + [(heads, *s[1:]) for s in shapes] + [(rows, heads, width)] * slots
+    moving = (rows, heads, width)
+    sizes = [moving] * (slots + inputs) + [(heads, *s[1:]) for s in shapes] + [moving] * slots
     roles = (("h", slots), ("x", inputs), ("p", len(shapes)), ("g", slots))
     names = [f"{role}{k}" for role, n in roles for k in range(n)]
     matrices = {f"p{k}" for k, s in enumerate(shapes) if len(s) == 3}

@@ -114,10 +114,9 @@ def above(v, own, step, live, first):
 
 
 @triton.jit
-def halves(v):
-    """Two bf16 whose sum is v but for 2^-16 of it: its leading bits, and the rest."""
-    high = (v.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    return high.to(tl.bfloat16), (v - high).to(tl.bfloat16)
+def leading(v):
+    """The bits of v that a bf16 holds."""
+    return (v.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -132,8 +131,9 @@ def mixed(v, matrix, inside, same, FAST: tl.constexpr, MASKED: tl.constexpr, APA
     if APART:
         return tl.sum(tl.where(same[None, :, :], v[:, :, None] * matrix[None, :, :], 0.0), 1)
     elif FAST:
-        high, low = halves(v)
-        top, rest = halves(matrix)
+        high, top = leading(v), leading(matrix)
+        low, rest = (v - high).to(tl.bfloat16), (matrix - top).to(tl.bfloat16)
+        high, top = high.to(tl.bfloat16), top.to(tl.bfloat16)
         return tl.dot(high, top, tl.dot(high, rest, tl.dot(low, top)))
     else:
         return tl.dot(v, matrix, input_precision="tf32x3")

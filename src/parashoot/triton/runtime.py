@@ -71,7 +71,7 @@ def run_backward(
     reset: Tensor | None, states: Tensor, reverse: bool, tol: float,
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
     """(dx, dparams, dh0): `states` are y (B, T, 1, C) for a cell of one slot, the saved states for others; dy (B, T, O, C)."""
-    batch, time, _, channels = sizes(x)
+    batch, time, _, _ = sizes(x)
     made = source_of(found, cell, tiling.unroll, tiling.stages, dy.shape[2] > 1, reset is not None, True)
     dx, dh0 = gradient_like(x), h0.new_empty(h0.shape)
     unroll = tiling.unroll
@@ -186,8 +186,11 @@ def _launch_heads(
     new = functools.partial(x.new_empty, dtype=torch.float32)
     ends = new(batch, made.slots, chunks, channels)
     facts, report = new(blocks, tiles), new(blocks * rows // together, tiles, 3)
-    common = given | place | {"starts_ptr": torch.empty_like(ends), "ends_ptr": ends, "facts_ptr": facts, "C": channels, "CL": each}
-    common |= {"per": per, "chunks": chunks, "batch": batch, "tiles": tiles, "BD": tiling.columns, "WIDTH": made.width} | _modes(given, x)
+    common = given | place | _modes(given, x)
+    common |= {
+        "starts_ptr": torch.empty_like(ends), "ends_ptr": ends, "facts_ptr": facts, "C": channels, "CL": each, "per": per,
+        "chunks": chunks, "batch": batch, "tiles": tiles, "BD": tiling.columns, "WIDTH": made.width,
+    }  # fmt: skip
     ragged = place["LO"] > 0 or each * chunks != place["L"] or channels % tiling.columns or used < tiling.columns
     ragged = bool(ragged) or chunks < per or batch * per % rows > 0
     shoot = {"burn": min(tiling.burn, each), "NC": rows, "MASKED": ragged, "ALONE": chunks == 1}

@@ -20,8 +20,8 @@ from ..errors import BackendError, bad_value
 from ..graph import Atom, Graph
 from ..tiling import stages_for, unroll_for
 from ..trace import Trace, trace_of
-from .emit import atom, call, dot, function
 from . import head_skeleton
+from .emit import atom, call, dot, function
 from .skeleton import CORRECT, LOOP, PATIENCE, PLACE, RUN, SHOOT, fill
 
 HEADER = """import triton
@@ -263,11 +263,9 @@ def backward(s: Source) -> str:
         functions.insert(0, function("step", s.step, s.arguments, s.flags))
     else:
         setup.append("h_first = tl.load(h_ptr + b * C + col, mask=inside, other=0.0).to(tl.float32)")
-    if s.width is not None:
-        clear, sums, blank = _head_sums(s)
-    else:
-        clear, sums, blank = _channel_sums(s)
-    return _module("backward", s, functions, arguments, setup, clear, [*_store_end(s.slots), *sums], blank, loads, steps)
+    clear, sums, blank = _channel_sums(s) if s.width is None else _head_sums(s)
+    finish = [*_store_end(s.slots), *sums]
+    return _module("backward", s, functions, arguments, setup, clear, finish, blank, loads, steps)
 
 
 def _sum_up(s: Source, values: list[Atom]) -> list[str]:
@@ -350,7 +348,7 @@ def decode(s: Source) -> str:
 
 
 # Numbers whose divisibility changes nothing: one compiled kernel serves them all.
-_ANY = "groups T0 LO L CL chunks snap records burn furthest parts ratio sub most per batch".split()
+_ANY = ["groups", "T0", "LO", "L", "CL", "chunks", "snap", "records", "burn", "furthest", "parts", "ratio", "sub", "most", "per", "batch"]  # fmt: skip
 
 
 def _module(
