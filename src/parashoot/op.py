@@ -282,8 +282,7 @@ def run(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: Cell, reverse: bool, all_states: bool, solver: Solver
 ) -> tuple[Tensor, Tensor, Tensor | list[float], Tensor | None]:  # fmt: skip
     """(y, h_n, stats, facts or their summary), directly on plain tensors, through the operator when compiling or on tensor subclasses."""
-    odd_heads = bin(cell.width or 1).count("1") > 1  # tiles of them do not divide WIDEST
-    if x.dim() == 5 and (x.shape[4] % WIDEST or odd_heads):
+    if x.dim() == 5 and (x.shape[4] % WIDEST or WIDEST % (cell.width or 1)):  # tiles lie in one head of x each
         x = x.flatten(3)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, *params))
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
