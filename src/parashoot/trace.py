@@ -318,7 +318,9 @@ def _head_graphs(cell: Cell, shapes: tuple) -> tuple[Graph | None, Graph | None,
             got = next(found)
             got = got if want is None or want.dim() == 3 else got.sum(0)
         else:
-            got = sum((torch.einsum("rhi,rhj->hij", next(found), next(found)) for _ in range(count)), torch.zeros(()))
+            got = sum(
+                (torch.einsum("rhi,rhj->hij", next(found), next(found)) for _ in range(count)), values[0].new_zeros(())
+            )
         if want is not None and not torch.allclose(got, want):
             return None, None, (), "a canonical graph that computes something else"
     adjoint = whole.select(range(slots, len(whole.outputs)))
