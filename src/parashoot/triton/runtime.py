@@ -78,8 +78,8 @@ def run_backward(
     end = time if made.slots == 1 else -(-time // unroll) * unroll  # saved states stand at multiples of unroll
     chunks = tiling.cut(end)[1]
     numbers = sum(p.numel() for p in params)
-    parts = (batch, chunks) if made.width is None else (_head_rows(tiling, batch, chunks)[3],)
-    sums = x.new_empty(*parts, numbers, dtype=torch.float32)
+    parts = batch * chunks if made.width is None else _head_rows(tiling, batch, chunks)[3]
+    sums = x.new_empty(parts, numbers, dtype=torch.float32)
     given = {
         "x_ptr": x,
         **_params(params),
@@ -101,7 +101,7 @@ def run_backward(
         given |= {"saved_ptr": states, "groups": states.shape[1]}
     place = {"T0": time - end, "DIR": 1} if reverse else {"T0": end - 1, "DIR": -1}
     _launch(load(made, "backward"), made, given, place | {"LO": end - time, "L": end}, x, tiling, tol, 0.0, None)
-    summed = sums.view(-1, numbers).sum(0).split([p.numel() for p in params])
+    summed = sums.sum(0).split([p.numel() for p in params])
     return dx, [g.view(p.shape).to(p.dtype) for g, p in zip(summed, params, strict=True)], dh0
 
 
