@@ -191,7 +191,7 @@ def normalized(h: ps.State, x: ps.Input):
     ("cell", "options", "reason"),
     [
         (GRU.with_width(64), {}, "at most 32 channels"),
-        (normalized, {}, "softmax|amax|sum"),
+        (normalized, {}, "softmax"),
         (GRU.with_width(1), {}, "a head of one channel"),
         (GRU, {"jacobian": "diagonal"}, "zero Jacobians"),
     ],

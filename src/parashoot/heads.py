@@ -40,7 +40,9 @@ class Sizes:
         found = {1: (), self.rows: ("rows",), self.heads: ("heads",), self.width: (next(_fresh),)}
         found[self.rows * self.heads] = ("rows", "heads")
         if size not in found:
-            raise UnknownOperation("expand", f"an axis of {size} is neither rows, heads nor channels")
+            raise UnknownOperation(
+                "a tensor of another shape", f"an axis of {size} is neither rows, heads nor channels"
+            )
         return found[size]
 
     def of(self, labels: Sequence[Label]) -> int:
@@ -66,7 +68,8 @@ def from_fx(
 ) -> tuple[Graph, list[int | None]]:
     """The canonical graph, and how many pairs (g, v) of outer products each output is; None for an output that is one value.
 
-    `names` of the inputs, of which `matrices` are (H, n, n), and of what each of the `outputs` is the value or the gradient of. Raises `UnknownOperation` where an operation is neither elementwise nor a product by a matrix.
+    `names` of the inputs, of which `matrices` are (H, n, n); `outputs` names what each output is the new value or the gradient of.
+    Raises `UnknownOperation` where an operation is neither elementwise nor a product by a matrix.
     """
     reader, values = _Reader(Builder(names), sizes, matrices), {}
     inputs = iter(names)
@@ -115,7 +118,7 @@ class _Reader:
         for term in terms:
             along = {labels[0]: a for a, labels in term if len(labels) == 1}
             if not v.summed or len(term) != 2 or set(along) != set(own):
-                raise UnknownOperation("gradient of a matrix", "it is not a sum of outer products")
+                raise UnknownOperation("a matrix other than in products", "it is not a sum of outer products")
             pairs += [along[label] for label in own]
         return pairs, len(terms)
 
@@ -123,7 +126,9 @@ class _Reader:
         """A term that is one value: a vector along an axis, or a constant."""
         if len(term) == 1 and term[0][0] not in self.matrices and term[0][1] in ((), along):
             return term[0][0]
-        raise UnknownOperation("product", "it joins two axes of a head and is not summed over one")
+        raise UnknownOperation(
+            "a product along two axes of a head", "it joins two axes of a head and is not summed over one"
+        )
 
     def operation(self, node: torch.fx.Node, args: list[Any]) -> Value:
         name = node.target._schema.name.split("::")[1].rstrip("_")  # type: ignore[union-attr]
@@ -193,7 +198,7 @@ class _Reader:
         elif not matrices:
             return ((constant, ()),)
         elif constant != 1.0:
-            raise UnknownOperation("product", "it scales a matrix")
+            raise UnknownOperation("a scaled matrix", "only products by parameters themselves are read")
         return (*matrices, *((a, labels if isinstance(a, str) else ()) for labels, a in vectors.items()))
 
     def sum(self, v: Value, axis: int, keep: bool) -> Value:
@@ -202,7 +207,7 @@ class _Reader:
             if label == "rows":
                 v = replace(v, summed=True)
             elif label == "heads":
-                raise UnknownOperation("sum", "it adds heads")
+                raise UnknownOperation("a sum over heads", "heads are apart")
             else:
                 v = replace(v, terms=tuple(self.contracted(term, label) for term in v.terms))
         return replace(v, dims=dims)
@@ -213,7 +218,7 @@ class _Reader:
         matrix = [f for f in term if f[0] in self.matrices and label in f[1]]
         vector = [f for f in term if f[0] not in self.matrices and label in f[1]]
         if len(matrix) != 1 or len(vector) != 1:
-            raise UnknownOperation("sum", "it adds the channels of a head other than by a product with a matrix")
+            raise UnknownOperation("a sum over the channels of a head", "it is no product by a matrix")
         (name, (i, j)), (v, _) = matrix[0], vector[0]
         mixed = self.builder.add("mix" if label == j else "mix_t", name, v)
         rest = tuple(f for f in term if f not in (matrix[0], vector[0]))
@@ -256,7 +261,7 @@ def _view(reader: _Reader, v: Value, args: list[Any], shape: Sequence[int]) -> t
         while labels and reader.sizes.of(dim) < size:
             dim.append(labels.pop(0))
         if reader.sizes.of(dim) != size:
-            raise UnknownOperation("view", "it cuts an axis of a head")
+            raise UnknownOperation("a view across heads", "it cuts an axis of a head")
         out.append(tuple(dim))
     return tuple(out)
 
@@ -284,7 +289,7 @@ def _unsqueeze(reader: _Reader, v: Value, args: list[Any], shape: Sequence[int])
 def _select(reader: _Reader, v: Value, args: list[Any], shape: Sequence[int]) -> tuple[tuple[Label, ...], ...]:
     at = args[1] % len(v.dims)
     if v.dims[at]:
-        raise UnknownOperation("select", "it takes one channel, head or row")
+        raise UnknownOperation("a part of a head", "it takes one channel, head or row")
     return (*v.dims[:at], *v.dims[at + 1 :])
 
 

@@ -255,9 +255,10 @@ def _kernel_plan(
     jacobian = _kernel_jacobian(cell)
     tol = solver.tol if given and solver.tol is not None else _tolerance(_KERNEL_TOLERANCE[dtype], jacobian, dtype)
     limit = solver.max_iters if given else None
-    tile = f"a program takes {tiling.columns} channels of a chunk, {tiling.unroll} steps a loop trip, {tiling.stages} trips loaded ahead"
+    rows = "a chunk" if cell.width is None else f"{16 * tiling.warps} chunks"
+    tile = f"a program takes {tiling.columns} channels of {rows}, {tiling.unroll} steps a loop trip, {tiling.stages} trips loaded ahead"
     if chunks > 1:
-        tile += f"; it leads in over {min(tiling.burn, length)} steps or more"
+        tile += f"; it leads in over {min(tiling.burn, length)} steps" + (" or more" if cell.width is None else "")
     return Plan("triton", min(length, time), chunks, jacobian, tol, limit, 0, None, False, tiling, (*reasons, tile))
 
 

@@ -106,6 +106,10 @@ def _chunks(width: int, unit: str, time: int, unroll: int, full: int, burn: int)
 
 
 _ROWS = 16  # the least that a matrix product takes, of columns too
+_HEAD_BURN = {
+    2: 48,
+    4: 64,
+}  # no Jacobian tells whether a lead was long enough, and a correction costs more than its quarter
 MOST_ROWS = 128  # chunks of a sequence of heads, which a correction holds at once
 _HEAD_ROWS = 8 * _ROWS  # rows of a tile that a multiprocessor advances at once: some warps for each of its four parts
 
@@ -117,12 +121,14 @@ def choose_heads(
     unroll, stages = unroll_for(slots, True), stages_for(slots, True)
     columns = max(_ROWS, 1 << (width - 1).bit_length())
     tiles = -(-channels // (columns // width * width))
-    burn = _BURN[itemsize]
+    burn = _HEAD_BURN[itemsize]
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     else:
         chunks, reasons = _chunks(batch * tiles, "tiles of heads", time, unroll, processors * _HEAD_ROWS, burn)
-    return Tiling(columns, 1, unroll, stages, min(chunks, MOST_ROWS), burn, 1, columns), tuple(reasons)
+    if chunks > MOST_ROWS:
+        chunks, reasons = MOST_ROWS, [*reasons, f"of which a correction holds {MOST_ROWS} at most"]
+    return Tiling(columns, 1, unroll, stages, chunks, burn, 1, columns), tuple(reasons)
 
 
 # What `ps.tune` found: for each kind of device, tilings by cell, dtype and shape.

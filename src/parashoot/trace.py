@@ -3,8 +3,8 @@
 One trace of `(states, inputs, params, cotangents) -> (new states, cotangents of states, inputs, params)` holds everything:
 the Jacobian's row i is the same graph with the cotangents bound to the unit vector e_i. PyTorch does the differentiation.
 Channelwise steps become a canonical scalar graph (`graph.py`); steps that mix channels run as PyTorch's own graph, with the
-number of rows symbolic, and of headwise ones kernels are made from a canonical graph too (`heads.py`). Traces are made on a thread of their own, so the caller's autocast, inference mode, compiler or
-autograd state cannot leak into them.
+number of rows symbolic; kernels for headwise ones are made from a canonical graph too (`heads.py`). Traces are made on a thread of
+their own, so the caller's autocast, inference mode, compiler or autograd state cannot leak into them.
 """
 
 from __future__ import annotations
@@ -310,8 +310,8 @@ def _head_graphs(cell: Cell, shapes: tuple) -> tuple[Graph | None, Graph | None,
         fx = make_fx(_both_ways(cell), decomposition_table=decompositions)(*values)
         outputs = [*names[:slots], *names[: len(names) - slots]]
         whole, pairs = heads_from_fx(fx, names, Sizes(rows, heads, width), matrices, outputs)
-    except UnknownOperation as e:
-        return None, None, (), str(e.args[0])
+    except Exception as e:  # PyTorch still runs what has no such graph
+        return None, None, (), e.args[0] if isinstance(e, UnknownOperation) else f"what ends as {type(e).__name__}"
     found = iter(_filled(v, values[0]) for v in whole.compile(torch.float64)(*values))
     for want, count in zip(fx(*values), pairs, strict=True):
         if count is None:
