@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 import parashoot as ps
 from parashoot.tiling import Tiling
-from parashoot.trace import trace
+from parashoot.trace import trace_of
 from parashoot.triton.runtime import load
 from parashoot.triton.sweep import source_of
 
@@ -29,7 +29,7 @@ PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
 def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tiling: Tiling, reset: bool = False) -> dict:
     """Registers, spilled bytes, shared memory and compile seconds of one kernel; dtype is "bf16", "fp16" or "fp32"."""
-    found = trace(cell, torch.float32, torch.device("cpu"), (4,), ((4,),) * len(cell.params))
+    found = trace_of(cell, torch.float32, torch.device("cpu"))
     kernel = load(source_of(found, cell, tiling.unroll, tiling.stages, False, reset, True), direction)[
         launch == "correct"
     ]
@@ -42,6 +42,8 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
         "WIDE": False,
     }
     constants |= {"x_c": 1, "dy_c": 1, "DIR": 1}
+    if cell.width:
+        constants |= {"WIDTH": cell.width, "NC": 16 * tiling.warps, "ROWS": 16 * tiling.warps}
     signature, values, attributes = {}, {}, {}
     for k, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -55,11 +57,9 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
             signature[name] = "fp32" if name in ("tol", "floor") else "i32"
         if name.endswith("_ptr") or name in ("C", "width") or re.fullmatch(r"(x|y|dx|dy)_[btgsh]", name):
             attributes[k,] = [["tt.divisibility", 16]]
-    options = {
-        "num_warps": tiling.warps
-        if launch == "shoot"
-        else max(1, min(8, tiling.rows * tiling.narrow // (128 if len(cell.states) <= 2 else 64)))
-    }
+    carries = 128 if len(cell.states) <= 2 else 64  # a warp
+    correcting = tiling.warps if cell.width else max(1, min(8, tiling.rows * tiling.narrow // carries))
+    options = {"num_warps": tiling.warps if launch == "shoot" else correcting}
     begun = time.perf_counter()
     compiled = triton.compile(ASTSource(kernel, signature, values, attributes), GPUTarget("cuda", 90, 32), options)
     seconds = time.perf_counter() - begun

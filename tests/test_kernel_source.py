@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 import parashoot as ps
-from parashoot.tiling import choose
+from parashoot.tiling import choose, choose_heads
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
-CHANNELWISE = [name for name in ps.cells.__all__ if getattr(ps.cells, name).structure == "channelwise"]
-DIRECTIONS = ("forward", "backward", "decode")
-every_source = pytest.mark.parametrize(("name", "direction"), [(n, d) for n in CHANNELWISE for d in DIRECTIONS])
+DIRECTIONS = {"channelwise": ("forward", "backward", "decode"), "headwise": ("forward", "backward"), "dense": ()}
+SOURCES = [(name, d) for name in ps.cells.__all__ for d in DIRECTIONS[getattr(ps.cells, name).structure]]
+every_source = pytest.mark.parametrize(("name", "direction"), SOURCES)
 
 
 def source(name: str, direction: str) -> str:
@@ -48,6 +48,8 @@ def test_options_change_the_source():
 def test_a_cell_without_kernels_says_why():
     with pytest.raises(ps.BackendError, match="dense"):
         ps.cells.elman.triton_source()
+    with pytest.raises(ps.BackendError, match="headwise"):
+        ps.cells.headgru.triton_source("decode")
     with pytest.raises(ps.ArgumentError, match="sideways"):
         ps.cells.gru.triton_source("sideways")
 
@@ -63,9 +65,11 @@ def test_no_kernel_text_names_a_cell():
 REGISTERS = {
     ("gru", "forward"): 96, ("gru", "backward"): 112, ("lstm", "forward"): 112, ("lstm", "backward"): 144,
     ("slstm", "forward"): 160, ("slstm", "backward"): 248,
+    ("headgru", "forward"): 144, ("headgru", "backward"): 255, ("headlstm", "forward"): 224, ("headlstm", "backward"): 255,
 }  # fmt: skip
 SHARED = 232_448  # bytes a program may have on Hopper
 SPILLED = {"shoot": 0, "correct": 2048}  # bytes; corrections are rare
+SPILLED_BACKWARD = {"headgru": 64, "headlstm": 1280}  # they hold matrices, transposes and gradients of matrices
 
 
 def jobs() -> list[tuple]:
@@ -74,7 +78,11 @@ def jobs() -> list[tuple]:
         (key, launch, dtype) for key in REGISTERS for launch in SPILLED for dtype in ("bf16", "fp32")
     ):
         if (launch, dtype) != ("correct", "fp32"):
-            tiling, _ = choose(8, 2048, 2048, 2, len(getattr(ps.cells, name).states), 60, 132, None)
+            cell = getattr(ps.cells, name)
+            if cell.width:
+                tiling, _ = choose_heads(8, 2048, 2048, 2, len(cell.states), cell.width, 132, None)
+            else:
+                tiling, _ = choose(8, 2048, 2048, 2, len(cell.states), 60, 132, None)
             out.append((name, direction, launch, dtype, dataclasses.asdict(tiling)))
     return out
 
@@ -88,11 +96,12 @@ def test_kernels_compile_for_hopper_within_their_budgets():
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == len(jobs())
+    back = lambda row: SPILLED_BACKWARD.get(row["cell"], 0) if row["direction"] == "backward" else 0
     over = [
         row
         for row in rows
         if row["shared"] > SHARED
-        or row["spilled"] > SPILLED[row["launch"]]
+        or row["spilled"] > max(SPILLED[row["launch"]], back(row))
         or (row["launch"] == "shoot" and row["registers"] > REGISTERS[row["cell"], row["direction"]])
     ]
     assert over == []
@@ -100,6 +109,5 @@ def test_kernels_compile_for_hopper_within_their_budgets():
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
-    for name in CHANNELWISE:
-        for direction in DIRECTIONS:
-            (GOLDEN / f"{name}_{direction}.txt").write_text(source(name, direction))
+    for name, direction in SOURCES:
+        (GOLDEN / f"{name}_{direction}.txt").write_text(source(name, direction))

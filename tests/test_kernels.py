@@ -470,7 +470,7 @@ def two_states_of_everything(h: ps.State, c: ps.State, x: ps.Input):
 @pytest.mark.parametrize(
     ("cell", "dtype", "options", "reason"),
     [
-        (ps.cells.elman, torch.float32, {}, "channelwise"),
+        (ps.cells.elman, torch.float32, {}, "dense"),
         (ps.cells.gru, torch.float64, {}, "fp64"),
         (ps.cells.gru, torch.float32, {"chunk_length": 1}, "at least 16"),
         (ps.cells.gru, torch.float32, {"jacobian": "zero"}, "exact Jacobians"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import parashoot as ps
 from parashoot import plan, tiling
-from parashoot.tiling import Tiling, choose
+from parashoot.tiling import MOST_ROWS, Tiling, choose, choose_heads
 
 H100 = 132  # multiprocessors
 sizes = st.integers(1, 5000)
@@ -26,6 +26,18 @@ def test_every_choice_covers_the_sequence(batch, time, channels, itemsize, slots
     assert each % (found.unroll * found.pieces) == 0
     assert found.columns & (found.columns - 1) == 0 and found.columns % found.narrow == 0
     assert reasons
+
+
+@given(
+    st.integers(1, 64), sizes, st.integers(1, 300), st.sampled_from([2, 4]), st.integers(1, 4), st.integers(2, 32),
+    st.none() | st.integers(16, 600),
+)  # fmt: skip
+def test_every_choice_for_heads_covers_the_sequence(batch, time, heads, itemsize, slots, width, asked):
+    found, reasons = choose_heads(batch, time, heads * width, itemsize, slots, width, H100, asked)
+    each, chunks = found.cut(time)
+    assert each * (chunks - 1) < time <= each * chunks <= each * MOST_ROWS
+    assert each % found.unroll == 0 and found.burn % found.unroll == 0
+    assert width <= found.columns <= max(16, 2 * width - 1) and reasons
 
 
 @pytest.mark.parametrize(

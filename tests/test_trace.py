@@ -102,18 +102,54 @@ def test_a_trace_serves_any_leading_shape(name):
 
 
 @every_cell
-def test_the_canonical_graph_of_a_channelwise_cell_computes_the_step(name):
+def test_the_canonical_graph_computes_the_step(name):
     cell = CELLS[name]
     found = trace_of(cell)
-    if cell.structure != "channelwise":
+    if cell.structure == "dense":
         assert found.graph is None
         return
     states, inputs, params, _ = point(cell, torch.float64)
+    if cell.structure == "headwise":
+        states, inputs = ([v.flatten(0, 1) for v in vs] for vs in (states, inputs))
     cotangents = [None] * len(states)
     assert found.graph is not None
     new = found.graph.compile(torch.float64)(*states, *inputs, *params, *cotangents)[: len(states)]
     for got, want in zip(new, step(cell, states, inputs, params), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+
+
+PRODUCTS = {
+    "einsum": lambda R, h: torch.einsum("hij,...hj->...hi", R, h),
+    "the other way round": lambda R, h: torch.einsum("...hj,hij->...hi", h, R),
+    "matmul": lambda R, h: torch.matmul(R, h[..., None])[..., 0],
+    "rows": lambda R, h: torch.matmul(h[..., None, :], R.mT).squeeze(-2),
+    "sum": lambda R, h: (R * h[..., None, :]).sum(-1),
+}
+
+
+@pytest.mark.parametrize("form", PRODUCTS)
+def test_products_by_matrices_are_one_operation_in_every_form(form):
+    """However they are written, and their derivatives: a product by the transpose, and one outer product."""
+    product = PRODUCTS[form]
+
+    @ps.cell(structure="headwise", width=4)
+    def heads(h: ps.State, x: ps.Input, R: ps.Param, p: ps.Param):
+        return torch.tanh(product(R, p * h) + x)
+
+    found = trace_of(heads)
+    assert found.graph is not None and found.adjoint is not None
+    assert [op for op, _ in found.graph.ops.values()] == ["mul", "mix", "add", "tanh"]
+    assert [op for op, _ in found.adjoint.ops.values()].count("mix_t") == 1
+    assert found.pairs == (1, None)
+
+
+def test_mixing_that_is_not_by_a_matrix_is_named():
+    @ps.cell(structure="headwise", width=4)
+    def centered(h: ps.State, x: ps.Input):
+        return torch.tanh(h - h.mean(-1, keepdim=True) + x)
+
+    found = trace_of(centered)
+    assert found.graph is None and found.foreign
 
 
 def test_a_trace_is_made_once():

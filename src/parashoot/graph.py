@@ -1,7 +1,7 @@
 """The canonical form of a traced elementwise step: straight-line scalar code, constants folded, subexpressions shared.
 
-A `Graph` says nothing about shapes: it is the computation of one channel at one step. `torch` evaluates it on arrays of
-any broadcastable shapes; a kernel printer prints the same lines as expressions. Its text is what a digest is taken of.
+A `Graph` says nothing about shapes: it is the computation of one channel at one step, or of one head whose channels meet in products
+with its matrices (`mix`, see heads.py). `torch` evaluates it on arrays of any broadcastable shapes; a kernel printer prints the same lines as expressions. Its text is what a digest is taken of.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ EXPRESSIONS = {
     "sqrt": "torch.sqrt({})", "rsqrt": "torch.rsqrt({})", "abs": "torch.abs({})", "sign": "torch.sign({})",
     "erf": "torch.erf({})", "atan2": "torch.atan2({}, {})",
     "maximum": "_maximum({}, {})", "minimum": "_minimum({}, {})", "where": "_where({}, {}, {})",
+    "mix": "torch.einsum('hij,rhj->rhi', {}, {})", "mix_t": "torch.einsum('hij,rhi->rhj', {}, {})",
 }  # fmt: skip
 _COMMUTATIVE = {"add", "mul", "maximum", "minimum", "eq", "ne", "and", "or"}
 _ALIASES = {"alias", "clone", "detach", "lift_fresh_copy", "lift_fresh"}
@@ -136,7 +137,8 @@ class Builder:
 
 # Those that take more than one instruction of a GPU, and roughly how many.
 _INSTRUCTIONS = {
-    "exp": 3, "log": 20, "tanh": 2, "sigmoid": 3, "div": 5, "sin": 30, "cos": 30, "erf": 30, "atan2": 40, "log1p": 40, "expm1": 15, "pow": 4
+    "exp": 3, "log": 20, "tanh": 2, "sigmoid": 3, "div": 5, "sin": 30, "cos": 30, "erf": 30, "atan2": 40, "log1p": 40, "expm1": 15, "pow": 4,
+    "mix": 32, "mix_t": 32,
 }  # fmt: skip
 
 
@@ -229,7 +231,7 @@ def from_fx(module: torch.fx.GraphModule, names: list[str]) -> Graph:
             outputs = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
             return builder.graph(values[o] if isinstance(o, torch.fx.Node) else 0.0 for o in outputs)
         else:
-            values[node] = _convert(
+            values[node] = convert(
                 builder, node, [values.get(a, a) if isinstance(a, torch.fx.Node) else a for a in node.args]
             )
             if node.target._schema.is_mutable:  # type: ignore[union-attr]  # decompositions overwrite their own temporaries
@@ -237,7 +239,8 @@ def from_fx(module: torch.fx.GraphModule, names: list[str]) -> Graph:
     raise AssertionError("an FX graph ends with an output node")
 
 
-def _convert(builder: Builder, node: torch.fx.Node, args: list[Any]) -> Atom:
+def convert(builder: Builder, node: torch.fx.Node, args: list[Any]) -> Atom:
+    """Append an elementwise operation of an FX graph. Raises `UnknownOperation` for others."""
     target: Any = node.target
     options: dict[str, Any] = dict(node.kwargs)
     name = target._schema.name.split("::")[1].rstrip("_")

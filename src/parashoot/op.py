@@ -115,7 +115,7 @@ def _(x, params, h0, reset, cell, reverse, all_states, save, report, length, tol
     solver = _decode(length, tol, max_iters, jacobian, backend)
     kind = backend_for(made, x.dtype, x.device, solver)
     y = x.new_empty((b, t, slots, c) if all_states else (b, t, c))
-    rows = -(-t // unroll_for(slots)) if kind == "triton" else t
+    rows = -(-t // unroll_for(slots, made.width is not None)) if kind == "triton" else t
     saved = (b, rows, slots, c) if save and _needs_saved(made, x, all_states, kind) else (0,)
     return (
         y,
@@ -145,7 +145,7 @@ def _gradients(
             dy = x.new_zeros(()).expand(batch, time, 1, channels)
         dy = dy if dy.dim() == 4 else dy.unsqueeze(2)
         dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-        tol = tolerance_backward(x.dtype)
+        tol = tolerance_backward(cell, x.dtype)
         return run_backward(cell, found, plan.tiling, dy, dh_n, x, params, h0, reset, states, reverse, tol)
     with torch.autocast(x.device.type, enabled=False):
         grads, layout = _solve_backward(cell, plan, found, dy, dh_n, x.flatten(3), params, h0, reset, states, reverse)
@@ -290,7 +290,7 @@ def run(
     solver: Solver, report: bool,
 ) -> tuple[Tensor, Tensor, Tensor | list[float], Tensor | None]:  # fmt: skip
     """(y, h_n, stats, facts or their summary), directly on plain tensors, through the operator when compiling or on tensor subclasses."""
-    if x.dim() == 5 and x.shape[4] % WIDEST:
+    if x.dim() == 5 and (x.shape[4] % WIDEST or WIDEST % (cell.width or 1)):  # tiles lie in one head of x each
         x = x.flatten(3)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, *params))
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
@@ -316,7 +316,7 @@ def advance(cell: Cell, state: Tensor, inputs: Tensor, params: list[Tensor], inp
     """
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (state, inputs, *params))
     plain = not (wanted or torch.compiler.is_compiling())
-    if plain and backend_for(cell, inputs.dtype, inputs.device, MultipleShooting()) == "triton":
+    if plain and cell.width is None and backend_for(cell, inputs.dtype, inputs.device, MultipleShooting()) == "triton":
         from .triton.runtime import run_decode
 
         out = state if inplace else torch.empty_like(state)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .cell import Cell, feature_shape, sizes
 from .errors import BackendError, bad_type, bad_value
-from .tiling import Tiling, choose, tuned
-from .trace import Trace, trace
+from .tiling import Tiling, choose, choose_heads, tuned
+from .trace import Trace, trace, trace_of
 
 JACOBIANS = ("auto", "exact", "diagonal", "zero")
 BACKENDS = ("auto", "torch", "triton")
@@ -163,6 +163,12 @@ def make_plan(
 
 SHORTEST_KERNEL_CHUNK = 16
 MOST_KERNEL_SLOTS = 4
+WIDEST_KERNEL_HEAD = 32
+
+
+def _kernel_jacobian(cell: Cell) -> str:
+    """Heads are led into and corrected without Jacobians: as exact, by more passes, at last in order."""
+    return "exact" if cell.width is None else "zero"
 
 
 @functools.cache
@@ -174,8 +180,12 @@ def no_kernel(
     cell: Cell, dtype: torch.dtype, device: torch.device, solver: Solver, foreign: tuple[str, ...]
 ) -> str | None:
     """Why generated kernels do not run this, or None if they do. The answer does not depend on the shape."""
-    if cell.structure != "channelwise":
-        return f"kernels are generated for channelwise cells, and '{cell.name}' is {cell.structure}"
+    if cell.structure == "dense":
+        return f"kernels are generated for channelwise and headwise cells, and '{cell.name}' is dense"
+    if (cell.width or 1) > WIDEST_KERNEL_HEAD:
+        return (
+            f"kernels take heads of at most {WIDEST_KERNEL_HEAD} channels, and those of '{cell.name}' have {cell.width}"
+        )
     if len(cell.states) > MOST_KERNEL_SLOTS:
         return f"kernels hold at most {MOST_KERNEL_SLOTS} states a channel, and '{cell.name}' has {len(cell.states)}"
     if foreign:
@@ -185,8 +195,8 @@ def no_kernel(
     if isinstance(solver, MultipleShooting):
         if solver.backend == "torch":
             return "backend 'torch' asked for"
-        if solver.jacobian not in ("auto", "exact"):
-            return f"kernels correct with exact Jacobians, and jacobian={solver.jacobian!r} was asked for"
+        if solver.jacobian not in ("auto", "exact", _kernel_jacobian(cell)):
+            return f"kernels correct with {_kernel_jacobian(cell)} Jacobians, and jacobian={solver.jacobian!r} was asked for"
         if not isinstance(solver.chunk_length, str) and solver.chunk_length < SHORTEST_KERNEL_CHUNK:
             return (
                 f"kernels take chunks of at least {SHORTEST_KERNEL_CHUNK} steps, and chunk_length={solver.chunk_length}"
@@ -203,7 +213,7 @@ def backend_for(cell: Cell, dtype: torch.dtype, device: torch.device, solver: So
     """ "triton" or "torch", whatever the shape."""
     if no_kernel(cell, dtype, device, solver, ()) is not None:
         return "torch"
-    found = trace(cell, compute_dtype(dtype), device, (), ())  # a channelwise trace does not depend on shapes
+    found = trace_of(cell, compute_dtype(dtype), device)
     return "torch" if no_kernel(cell, dtype, device, solver, found.foreign) else "triton"
 
 
@@ -211,9 +221,9 @@ def backend_for(cell: Cell, dtype: torch.dtype, device: torch.device, solver: So
 _KERNEL_TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-5, torch.bfloat16: 1e-4}
 
 
-def tolerance_backward(dtype: torch.dtype) -> float:
-    """Relative to the largest gradient at a chunk boundary of the same channel."""
-    return 2 * _KERNEL_TOLERANCE[dtype]
+def tolerance_backward(cell: Cell, dtype: torch.dtype) -> float:
+    """Relative to the largest gradient at a chunk boundary of the same channel or head."""
+    return 2 * _tolerance(_KERNEL_TOLERANCE[dtype], _kernel_jacobian(cell), dtype)
 
 
 def _kernel_plan(
@@ -232,18 +242,24 @@ def _kernel_plan(
         asked = time
     elif not isinstance(solver.chunk_length, str):
         asked = min(int(solver.chunk_length), time)
-    tiling, reasons = choose(batch, time, channels, dtype.itemsize, len(cell.states), instructions, processors, asked)
+    slots = len(cell.states)
+    if cell.width is None:
+        tiling, reasons = choose(batch, time, channels, dtype.itemsize, slots, instructions, processors, asked)
+    else:
+        tiling, reasons = choose_heads(batch, time, channels, dtype.itemsize, slots, cell.width, processors, asked)
     measured = tuned(device).get(str((digest, str(dtype), *x_shape))) if asked is None else None
     if measured is not None and measured.unroll == tiling.unroll:  # saved states stand at multiples of it
         tiling, reasons = measured, (f"{measured.chunks} chunks: the fastest that ps.tune measured on this device",)
     length, chunks = tiling.cut(time)
     given = isinstance(solver, MultipleShooting)
-    tol = solver.tol if given and solver.tol is not None else _KERNEL_TOLERANCE[dtype]
+    jacobian = _kernel_jacobian(cell)
+    tol = solver.tol if given and solver.tol is not None else _tolerance(_KERNEL_TOLERANCE[dtype], jacobian, dtype)
     limit = solver.max_iters if given else None
-    tile = f"a program takes {tiling.columns} channels of a chunk, {tiling.unroll} steps a loop trip, {tiling.stages} trips loaded ahead"
+    rows = "a chunk" if cell.width is None else f"{16 * tiling.warps} chunks"
+    tile = f"a program takes {tiling.columns} channels of {rows}, {tiling.unroll} steps a loop trip, {tiling.stages} trips loaded ahead"
     if chunks > 1:
-        tile += f"; it leads in over {min(tiling.burn, length)} steps or more"
-    return Plan("triton", min(length, time), chunks, "exact", tol, limit, 0, None, False, tiling, (*reasons, tile))
+        tile += f"; it leads in over {min(tiling.burn, length)} steps" + (" or more" if cell.width is None else "")
+    return Plan("triton", min(length, time), chunks, jacobian, tol, limit, 0, None, False, tiling, (*reasons, tile))
 
 
 def _by_autograd(cell: Cell, x_shape: tuple[int, ...], device: torch.device, step: int) -> bool:

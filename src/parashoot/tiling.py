@@ -16,7 +16,7 @@ import torch
 class Tiling:
     """A program takes `columns` channels of one chunk with `warps` warps; `unroll` steps a loop trip, `stages` trips loaded ahead;
     time is cut into `chunks`, each led into by `burn` steps. A correction takes `rows` chunks of its own at once, longer or shorter
-    ones, of `narrow` channels."""
+    ones, of `narrow` channels. Of heads, a program takes `columns` channels of 16 chunks a warp; a correction takes them as they are."""
 
     columns: int
     warps: int
@@ -40,14 +40,16 @@ class Tiling:
         return each, -(-length // each)
 
 
-def unroll_for(slots: int) -> int:
+def unroll_for(slots: int, heads: bool = False) -> int:
     """Steps a loop trip; cells of several slots store their states once a trip."""
+    if heads:
+        return 1 if slots == 1 else 2
     return 4 if slots <= 2 else 2
 
 
-def stages_for(slots: int) -> int:
+def stages_for(slots: int, heads: bool = False) -> int:
     """Loop trips whose loads are in flight."""
-    return 4 if slots == 1 else 3
+    return 4 if slots == 1 and not heads else 3
 
 
 _BURN = {2: 32, 4: 48}  # steps led in at first, by the bytes of a number: float32 has to forget more exactly
@@ -85,22 +87,48 @@ def choose(
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     else:
-        chunks, reasons = _chunks(batch * channels, time, unroll, full, burn)
+        chunks, reasons = _chunks(batch * channels, "channels", time, unroll, full, burn)
     narrow = min(columns, 64 if slots <= 2 else 32)
     return Tiling(columns, max(1, columns // 64), unroll, stages, chunks, burn, 16, narrow), tuple(reasons)
 
 
-def _chunks(width: int, time: int, unroll: int, full: int, burn: int) -> tuple[int, list[str]]:
+def _chunks(width: int, unit: str, time: int, unroll: int, full: int, burn: int) -> tuple[int, list[str]]:
     """How many chunks: enough to fill the device, few enough that leading into them costs little."""
     if width * 1.5 >= full:
-        return 1, [f"one chunk: {width} channels fill the device"]
+        return 1, [f"one chunk: {width} {unit} fill the device"]
     most = max(1, min(round(full / width), time // _SHORTEST))
     alone, cut = time * _STEP, (time / most + burn) * _STEP + _LAUNCH
     if most == 1 or alone <= cut:
         return 1, [f"one chunk: {time} steps take {alone * 1e6:.0f} us, cutting them {cut * 1e6:.0f} us"]
     even = [n for n in range(most, max(1, most * 2 // 3), -1) if time % (n * unroll * max(1, 16 // n)) == 0]
     chunks = even[0] if even else most
-    return chunks, [f"{chunks} chunks of {width} channels: {chunks * width} carries at once, the device takes {full}"]
+    return chunks, [f"{chunks} chunks of {width} {unit}: {chunks * width} carries at once, the device takes {full}"]
+
+
+_ROWS = 16  # the least that a matrix product takes, of columns too
+_HEAD_BURN = {
+    2: 48,
+    4: 64,
+}  # no Jacobian tells whether a lead was long enough, and a correction costs more than its quarter
+MOST_ROWS = 128  # chunks of a sequence of heads, which a correction holds at once
+_HEAD_ROWS = 8 * _ROWS  # rows of a tile that a multiprocessor advances at once: some warps for each of its four parts
+
+
+def choose_heads(
+    batch: int, time: int, channels: int, itemsize: int, slots: int, width: int, processors: int, chunk_length: int | None
+) -> tuple[Tiling, tuple[str, ...]]:  # fmt: skip
+    """The same for heads of `width` channels: a program takes 16 rows (chunks of sequences) of as many heads as fit in a tile."""
+    unroll, stages = unroll_for(slots, True), stages_for(slots, True)
+    columns = max(_ROWS, 1 << (width - 1).bit_length())
+    tiles = -(-channels // (columns // width * width))
+    burn = _HEAD_BURN[itemsize]
+    if chunk_length is not None:
+        chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
+    else:
+        chunks, reasons = _chunks(batch * tiles, "tiles of heads", time, unroll, processors * _HEAD_ROWS, burn)
+    if chunks > MOST_ROWS:
+        chunks, reasons = MOST_ROWS, [*reasons, f"of which a correction holds {MOST_ROWS} at most"]
+    return Tiling(columns, 1, unroll, stages, chunks, burn, 1, columns), tuple(reasons)
 
 
 # What `ps.tune` found: for each kind of device, tilings by cell, dtype and shape.

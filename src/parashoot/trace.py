@@ -2,9 +2,9 @@
 
 One trace of `(states, inputs, params, cotangents) -> (new states, cotangents of states, inputs, params)` holds everything:
 the Jacobian's row i is the same graph with the cotangents bound to the unit vector e_i. PyTorch does the differentiation.
-Channelwise steps become a canonical scalar graph (`graph.py`); steps that mix channels keep PyTorch's own graph, with the
-number of rows symbolic. Traces are made on a thread of their own, so the caller's autocast, inference mode, compiler or
-autograd state cannot leak into them.
+Channelwise steps become a canonical scalar graph (`graph.py`); steps that mix channels run as PyTorch's own graph, with the
+number of rows symbolic; kernels for headwise ones are made from a canonical graph too (`heads.py`). Traces are made on a thread of
+their own, so the caller's autocast, inference mode, compiler or autograd state cannot leak into them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .cell import Cell
+from .cell import Cell, parameter_shapes
 from .errors import CellError, StructureError, bad_cell
 from .graph import Builder, Graph, UnknownOperation, from_fx
+from .heads import Sizes
+from .heads import from_fx as heads_from_fx
 from .rules import check_rules, line_of
 
 Tensors = Sequence[Tensor]
@@ -40,8 +42,10 @@ class Trace:
       K = S n (H = 1, n = C for a dense cell).
     - `vjp(states, inputs, params, cotangents)`: cotangents of inputs and (summed over R) of params.
     - `pull(states, inputs, params, cotangents)`: cotangents of the states.
-    - `step_ops`, `jacobian_ops`: elementary operations per step, for the cost model. Channelwise only: `graph`, the
-      canonical graph of the new states and the Jacobian's rows, and `adjoint`, of the cotangents of states, inputs and params.
+    - `step_ops`, `jacobian_ops`: elementary operations per step, for the cost model.
+    - `graph`, the canonical graph of the new states and, channelwise, the Jacobian's rows; `adjoint`, of the cotangents of states,
+      inputs and params. None for a dense step, and for a headwise one that has no such graph: `obstacle` names the operation.
+    - `pairs`: how many outer products g v^T each parameter's cotangent is a sum of, given as g and v each; None for a vector.
     """
 
     digest: str
@@ -52,10 +56,14 @@ class Trace:
     jacobian: Callable[[Tensors, Tensors, Tensors], Tensor]
     vjp: Callable[[Tensors, Tensors, Tensors, Tensors], tuple[list[Tensor], list[Tensor]]]
     pull: Callable[[Tensors, Tensors, Tensors, Tensors], list[Tensor]]
+    pairs: tuple[int | None, ...] = ()
+    obstacle: str | None = None
 
     @functools.cached_property
     def foreign(self) -> tuple[str, ...]:
         """Operations of the step or its derivatives that only PyTorch can run."""
+        if self.obstacle is not None:
+            return (self.obstacle,)
         graphs = [g for g in (self.graph, self.adjoint) if g is not None]
         return tuple(sorted({op for g in graphs for op in g.only_in_torch()}))
 
@@ -83,6 +91,15 @@ def trace(cell: Cell, dtype: torch.dtype, device: torch.device, feature: tuple[i
             make = _trace_channelwise if cell.structure == "channelwise" else _trace_matrix
             _traces[key] = _on_fresh_thread(lambda: make(cell, dtype, device, feature, param_shapes))
     return _traces[key]
+
+
+def trace_of(cell: Cell, dtype: torch.dtype, device: torch.device) -> Trace:
+    """A trace whose graphs are those of every shape: what kernels are made from."""
+    if cell.width is None:
+        return trace(cell, dtype, device, (), ())
+    feature = (3 if cell.width != 3 else 4, cell.width)
+    shapes = parameter_shapes(cell, feature[0] * cell.width)
+    return trace(cell, dtype, device, feature, tuple(feature if len(s) == 1 else tuple(s) for s in shapes))
 
 
 def _on_fresh_thread(work: Callable[[], Any]) -> Any:
@@ -271,7 +288,43 @@ def _trace_matrix(
 
     text = f"{cell.structure},{feature},{cell.output}\n{fx.graph}"
     ops = sum(n.op == "call_function" for n in fx.graph.nodes)
-    return Trace(_digest(text), max(1, ops // 4), ops * k, None, None, jacobian, vjp, pull)
+    canonical = _head_graphs(cell, shapes) if cell.structure == "headwise" else (None, None, (), None)
+    graph, adjoint, pairs, obstacle = canonical
+    return Trace(_digest(text), max(1, ops // 4), ops * k, graph, adjoint, jacobian, vjp, pull, pairs, obstacle)
+
+
+def _head_graphs(cell: Cell, shapes: tuple) -> tuple[Graph | None, Graph | None, tuple[int | None, ...], str | None]:
+    """`graph`, `adjoint`, `pairs` and `obstacle` of a headwise trace; they depend on no size but the width."""
+    slots, inputs, width = len(cell.states), len(cell.inputs), cell.width or 1
+    rows, heads = [p for p in (7, 11, 13, 17, 19) if p != width and width % (7 * p)][:2]
+    moving = (rows, heads, width)
+    sizes = [moving] * (slots + inputs) + [(heads, *s[1:]) for s in shapes] + [moving] * slots
+    roles = (("h", slots), ("x", inputs), ("p", len(shapes)), ("g", slots))
+    names = [f"{role}{k}" for role, n in roles for k in range(n)]
+    matrices = {f"p{k}" for k, s in enumerate(shapes) if len(s) == 3}
+    values = [_random(s, torch.float64, "cpu", 7 + k) for k, s in enumerate(sizes)]
+    decompositions: Any = core_aten_decompositions()
+    try:
+        if width == 1:
+            raise UnknownOperation("a head of one channel", "it is channelwise")
+        fx = make_fx(_both_ways(cell), decomposition_table=decompositions)(*values)
+        outputs = [*names[:slots], *names[: len(names) - slots]]
+        whole, pairs = heads_from_fx(fx, names, Sizes(rows, heads, width), matrices, outputs)
+    except Exception as e:  # PyTorch still runs what has no such graph
+        return None, None, (), e.args[0] if isinstance(e, UnknownOperation) else f"what ends as {type(e).__name__}"
+    found = iter(_filled(v, values[0]) for v in whole.compile(torch.float64)(*values))
+    for want, count in zip(fx(*values), pairs, strict=True):
+        if count is None:
+            got = next(found)
+            got = got if want is None or want.dim() == 3 else got.sum(0)
+        else:
+            got = sum(
+                (torch.einsum("rhi,rhj->hij", next(found), next(found)) for _ in range(count)), values[0].new_zeros(())
+            )
+        if want is not None and not torch.allclose(got, want):
+            return None, None, (), "a canonical graph that computes something else"
+    adjoint = whole.select(range(slots, len(whole.outputs)))
+    return whole.select(range(slots)), adjoint, tuple(pairs[2 * slots + inputs :]), None
 
 
 def _outputs_only(fx: torch.fx.GraphModule, keep: list[int]) -> torch.fx.GraphModule:

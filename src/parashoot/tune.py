@@ -14,7 +14,7 @@ from .errors import BackendError, bad_value
 from .op import as_seen
 from .plan import AUTO, compute_dtype, make_plan, plan_for
 from .scan import check_arguments, scan
-from .tiling import Tiling, remember, tuned
+from .tiling import MOST_ROWS, Tiling, remember, tuned
 
 
 def tune(
@@ -42,7 +42,7 @@ def tune(
     key = (found.digest, str(x.dtype), *x.shape)
     before, seconds = tuned(x.device).get(str(key)), {}
     try:
-        for tiling in _candidates(plan.tiling, x.shape[1], x.shape[3]):
+        for tiling in _candidates(plan.tiling, x.shape[1], x.shape[3], cell.width is not None):
             tuned(x.device)[str(key)] = tiling
             make_plan.cache_clear()
             seconds[tiling] = _time(cell, x, given, repeats)
@@ -56,9 +56,10 @@ def tune(
     return ranked
 
 
-def _candidates(start: Tiling, time: int, channels: int) -> list[Tiling]:
-    widths = {start.columns, *(w for w in (32, 64, 128) if w <= max(start.columns, channels))}
-    counts = {n for n in (start.chunks // 2, start.chunks, start.chunks * 2) if 1 <= n <= max(1, time // start.burn)}
+def _candidates(start: Tiling, time: int, channels: int, heads: bool) -> list[Tiling]:
+    widths = {start.columns, *(w for w in (32, 64, 128) if not heads and w <= max(start.columns, channels))}
+    most = max(1, min(time // start.burn, MOST_ROWS if heads else time))
+    counts = {n for n in (start.chunks // 2, start.chunks, start.chunks * 2) if 1 <= n <= most}
     return [
         replace(start, columns=w, warps=max(1, w // 64), chunks=n, narrow=min(w, start.narrow))
         for w in sorted(widths)

@@ -4,8 +4,9 @@ from .elman import elman
 from .elman_diagonal import elman_diagonal
 from .gru import gru
 from .headgru import headgru
+from .headlstm import headlstm
 from .lstm import lstm
 from .mingru import mingru
 from .slstm import slstm
 
-__all__ = ["elman", "elman_diagonal", "gru", "headgru", "lstm", "mingru", "slstm"]
+__all__ = ["elman", "elman_diagonal", "gru", "headgru", "headlstm", "lstm", "mingru", "slstm"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..graph import Atom, Graph
 
@@ -16,6 +16,7 @@ EXPRESSIONS = {
     "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})", "abs": "tl.abs({})", "sign": "sign({})",
     "maximum": "larger({}, {})", "minimum": "smaller({}, {})", "where": "tl.where({}, {}, {})",
     "erf": "tl.erf({})", "atan2": "atan2({}, {})",
+    "mix": "mixed({1}, {0}_t, inside, same, FAST, MASKED, APART)", "mix_t": "mixed({1}, {0}, inside, same, FAST, MASKED, APART)",
 }  # fmt: skip
 
 
@@ -56,18 +57,20 @@ def lines(graph: Graph) -> list[str]:
     return out
 
 
-def function(name: str, graph: Graph, inputs: Iterable[str]) -> str:
-    """A Triton function of `inputs` that returns the outputs of the graph which are not constants, as a tuple."""
+def function(name: str, graph: Graph, inputs: Iterable[str], flags: Sequence[str] = ("FAST",)) -> str:
+    """A Triton function of `inputs` and constants `flags` that returns those outputs which are not constants, as a tuple."""
     results = dict.fromkeys(o for o in graph.outputs if isinstance(o, str))
     body = [*lines(graph), f"return {', '.join(results)}" if results else "return 0.0"]
-    head = f"@triton.jit\ndef {name}({', '.join([*inputs, 'FAST: tl.constexpr'])}):\n"
+    head = f"@triton.jit\ndef {name}({', '.join([*inputs, *(f'{flag}: tl.constexpr' for flag in flags)])}):\n"
     return head + "".join(f"    {line}\n" for line in body)
 
 
-def call(name: str, graph: Graph, arguments: Iterable[str], prefix: str) -> tuple[str, list[Atom]]:
+def call(
+    name: str, graph: Graph, arguments: Iterable[str], prefix: str, flags: Sequence[str] = ("FAST",)
+) -> tuple[str, list[Atom]]:
     """A line that calls such a function, and the graph's outputs in the caller's names: constants stay constants."""
     results = {o: f"{prefix}{k}" for k, o in enumerate(dict.fromkeys(o for o in graph.outputs if isinstance(o, str)))}
-    line = f"{', '.join(results.values())} = {name}({', '.join([*arguments, 'FAST'])})"
+    line = f"{', '.join(results.values())} = {name}({', '.join([*arguments, *flags])})"
     return (line if results else ""), [results[o] if isinstance(o, str) else o for o in graph.outputs]
 
 

@@ -111,3 +111,41 @@ def above(v, own, step, live, first):
     tl.store(own, v, mask=live)
     tl.debug_barrier()
     return tl.load(own - step, mask=live & (first == 0), other=0.0)
+
+
+@triton.jit
+def leading(v):
+    """The bits of v that a bf16 holds."""
+    return (v.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mixed(v, matrix, inside, same, FAST: tl.constexpr, MASKED: tl.constexpr, APART: tl.constexpr):
+    """v times a block-diagonal matrix, for each row of v. FAST: each factor as a sum of two bf16, 2^-16 off.
+
+    APART: what is not finite in one head stays there; otherwise 0 x NaN takes it to the others.
+    """
+    v = tl.broadcast_to(v, inside.shape)
+    if MASKED:
+        v = tl.where(inside, v, 0.0)
+    if APART:
+        return tl.sum(tl.where(same[None, :, :], v[:, :, None] * matrix[None, :, :], 0.0), 1)
+    elif FAST:
+        high, top = leading(v), leading(matrix)
+        low, rest = (v - high).to(tl.bfloat16), (matrix - top).to(tl.bfloat16)
+        high, top = high.to(tl.bfloat16), top.to(tl.bfloat16)
+        return tl.dot(high, top, tl.dot(high, rest, tl.dot(low, top)))
+    else:
+        return tl.dot(v, matrix, input_precision="tf32x3")
+
+
+@triton.jit
+def outer(total, g, v, ok, FAST: tl.constexpr, MASKED: tl.constexpr):
+    """total + sum over rows of g v^T."""
+    g, v = tl.broadcast_to(g, ok.shape), tl.broadcast_to(v, ok.shape)
+    if MASKED:
+        g, v = tl.where(ok, g, 0.0), tl.where(ok, v, 0.0)
+    if FAST:
+        return tl.dot(tl.trans(g.to(tl.bfloat16)), v.to(tl.bfloat16), total)
+    else:
+        return tl.dot(tl.trans(g), v, total, input_precision="tf32x3")

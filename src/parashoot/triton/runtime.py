@@ -71,13 +71,15 @@ def run_backward(
     reset: Tensor | None, states: Tensor, reverse: bool, tol: float,
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
     """(dx, dparams, dh0): `states` are y (B, T, 1, C) for a cell of one slot, the saved states for others; dy (B, T, O, C)."""
-    batch, time, _, channels = sizes(x)
+    batch, time, _, _ = sizes(x)
     made = source_of(found, cell, tiling.unroll, tiling.stages, dy.shape[2] > 1, reset is not None, True)
     dx, dh0 = gradient_like(x), h0.new_empty(h0.shape)
     unroll = tiling.unroll
     end = time if made.slots == 1 else -(-time // unroll) * unroll  # saved states stand at multiples of unroll
     chunks = tiling.cut(end)[1]
-    sums = x.new_empty(batch, chunks, len(params), channels, dtype=torch.float32)
+    numbers = sum(p.numel() for p in params)
+    parts = batch * chunks if made.width is None else _head_rows(tiling, batch, chunks)[3]
+    sums = x.new_empty(parts, numbers, dtype=torch.float32)
     given = {
         "x_ptr": x,
         **_params(params),
@@ -99,8 +101,8 @@ def run_backward(
         given |= {"saved_ptr": states, "groups": states.shape[1]}
     place = {"T0": time - end, "DIR": 1} if reverse else {"T0": end - 1, "DIR": -1}
     _launch(load(made, "backward"), made, given, place | {"LO": end - time, "L": end}, x, tiling, tol, 0.0, None)
-    summed = sums.sum((0, 1))
-    return dx, [g.to(p.dtype) for g, p in zip(summed.unbind(0), params, strict=True)], dh0
+    summed = sums.sum(0).split([p.numel() for p in params])
+    return dx, [g.view(p.shape).to(p.dtype) for g, p in zip(summed, params, strict=True)], dh0
 
 
 def run_decode(cell: Cell, found: Trace, state: Tensor, inputs: Tensor, params: list[Tensor], out: Tensor) -> None:
@@ -126,6 +128,8 @@ def _launch(
     kernels: tuple[Any, Any], made: Source, given: dict[str, Any], place: dict[str, int], x: Tensor, tiling: Tiling, tol: float,
     floor: float, most: int | None,
 ) -> Tensor:  # fmt: skip
+    if made.width is not None:
+        return _launch_heads(kernels, made, given, place, x, tiling, tol, floor, most)
     batch, _, _, channels = sizes(x)
     length, columns = place["L"], tiling.columns
     each, chunks = tiling.cut(length)
@@ -137,13 +141,7 @@ def _launch(
     starts = new(batch, made.slots, records, channels) if chunks > 1 else facts
     ends = new(batch, made.slots, chunks, channels) if chunks > 1 else facts
     common = given | place | {"starts_ptr": starts, "ends_ptr": ends, "facts_ptr": facts, "C": channels, "tol": tol}
-    fast = x.dtype == torch.bfloat16 and x.is_cuda
-    common |= {
-        "width": x.shape[-1],
-        "records": records,
-        "FAST": fast,
-        "WIDE": any(_extent(given[n]) >= 2**31 for n in _FAR & given.keys()),
-    }
+    common |= {"records": records} | _modes(given, x)
     ragged = lambda width, end: place["LO"] > 0 or channels % width != 0 or end != length
     shoot = {
         "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, 16 * tiling.burn),
@@ -165,6 +163,52 @@ def _launch(
             "MASKED": used != rows or ragged(narrow, used * ratio * snap), "num_warps": max(1, min(8, rows * narrow // carries)),
         }  # fmt: skip
         jobs.append((kernels[1], (narrow_tiles * batch,), common | correct))
+    return _start(jobs, x, report)
+
+
+def _head_rows(tiling: Tiling, batch: int, chunks: int) -> tuple[int, int, int, int]:
+    """(rows of a sequence, of a program of the first launch, of one of the second; programs of the first for a tile)."""
+    each, rows = 1 << (chunks - 1).bit_length(), 16 * tiling.warps
+    together = max(rows, each)
+    return each, rows, together, -(-batch * each // together) * (together // rows)
+
+
+def _launch_heads(
+    kernels: tuple[Any, Any], made: Source, given: dict[str, Any], place: dict[str, int], x: Tensor, tiling: Tiling, tol: float,
+    floor: float, most: int | None,
+) -> Tensor:  # fmt: skip
+    assert made.width is not None
+    batch, _, _, channels = sizes(x)
+    each, chunks = tiling.cut(place["L"])
+    used = tiling.columns // made.width * made.width
+    tiles = -(-channels // used)
+    per, rows, together, blocks = _head_rows(tiling, batch, chunks)
+    new = functools.partial(x.new_empty, dtype=torch.float32)
+    ends = new(batch, made.slots, chunks, channels)
+    facts, report = new(blocks, tiles), new(blocks * rows // together, tiles, 3)
+    common = given | place | _modes(given, x)
+    common |= {
+        "starts_ptr": torch.empty_like(ends), "ends_ptr": ends, "facts_ptr": facts, "C": channels, "CL": each, "per": per,
+        "chunks": chunks, "batch": batch, "tiles": tiles, "BD": tiling.columns, "WIDTH": made.width,
+    }  # fmt: skip
+    ragged = place["LO"] > 0 or each * chunks != place["L"] or channels % tiling.columns or used < tiling.columns
+    ragged = bool(ragged) or chunks < per or batch * per % rows > 0
+    shoot = {"burn": min(tiling.burn, each), "NC": rows, "MASKED": ragged, "ALONE": chunks == 1}
+    shoot["num_warps"] = tiling.warps
+    correct = {
+        "parts": together // rows, "tol": tol, "floor": floor, "most": most or 2**30, "report_ptr": report, "NC": together,
+        "ROWS": rows, "num_warps": min(8, together // 16),
+    }  # fmt: skip
+    jobs = [(kernels[0], (blocks * tiles,), common | shoot), (kernels[1], (report[..., 0].numel(),), common | correct)]
+    return _start(jobs, x, report)
+
+
+def _modes(given: dict[str, Any], x: Tensor) -> dict[str, Any]:
+    wide = any(_extent(given[n]) >= 2**31 for n in _FAR & given.keys())
+    return {"width": x.shape[-1], "FAST": x.dtype == torch.bfloat16 and x.is_cuda, "WIDE": wide}
+
+
+def _start(jobs: list[tuple[Any, tuple, dict[str, Any]]], x: Tensor, report: Tensor) -> Tensor:
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         _compile_together(jobs, x)
         for kernel, grid, arguments in jobs:
@@ -173,7 +217,7 @@ def _launch(
 
 
 _FAR = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr"}  # what is addressed by strides within a sequence
-_CONSTANTS = {"BD", "NC", "SPAN", "FAST", "MASKED", "ALONE", "WIDE"}  # lengths compile nothing new
+_CONSTANTS = {"BD", "NC", "SPAN", "FAST", "MASKED", "ALONE", "WIDE", "ROWS", "WIDTH"}  # lengths compile nothing new
 _compiled: set[tuple] = set()
 
 

@@ -19,7 +19,8 @@ from ..cell import Cell
 from ..errors import BackendError, bad_value
 from ..graph import Atom, Graph
 from ..tiling import stages_for, unroll_for
-from ..trace import Trace, trace
+from ..trace import Trace, trace_of
+from . import head_skeleton
 from .emit import atom, call, dot, function
 from .skeleton import CORRECT, LOOP, PATIENCE, PLACE, RUN, SHOOT, fill
 
@@ -32,13 +33,17 @@ from parashoot.triton.functions import (
 
 """
 
+HEAD_FUNCTIONS = "from parashoot.triton.functions import mixed, outer\n\n"
+
 
 @dataclass(frozen=True)
 class Source:
     """What a module of kernels depends on.
 
-    `graph`: new states and the Jacobian's rows; `adjoint`: cotangents of states, inputs and params; `outputs`: the slots that y
-    carries; `unroll`: positions a loop trip; `stages`: trips loaded ahead; `reset`: a mask is read; `save`: states are stored.
+    `graph`: new states and, channelwise, the Jacobian's rows; `adjoint`: cotangents of states, inputs and params; `outputs`: the
+    slots that y carries; `unroll`: positions a loop trip; `stages`: trips loaded ahead; `reset`: a mask is read; `save`: states are
+    stored; `width` of a head, None for a channelwise step; `pairs`: outer products in the cotangent of each parameter of a headwise
+    step, None for a vector.
     """
 
     graph: Graph
@@ -51,6 +56,8 @@ class Source:
     stages: int
     reset: bool
     save: bool
+    width: int | None
+    pairs: tuple[int | None, ...]
 
     @property
     def step(self) -> Graph:
@@ -60,16 +67,32 @@ class Source:
     @property
     def arguments(self) -> list[str]:
         """Names of the step's arguments."""
-        sizes = (("h", self.slots), ("x", self.inputs), ("p", self.params))
-        return [f"{role}{k}" for role, n in sizes for k in range(n)]
+        moving = [f"{role}{k}" for role, n in (("h", self.slots), ("x", self.inputs)) for k in range(n)]
+        return [*moving, *self.constants]
 
     def given(self, states: list[str], u: int) -> list[str]:
         """What a generated function is called with at position u of a trip."""
         return [
             *states,
             *[f"x{u}_{g}.to(tl.float32)" for g in range(self.inputs)],
-            *[f"p{k}" for k in range(self.params)],
+            *self.constants,
         ]
+
+    @property
+    def matrices(self) -> list[int]:
+        """Which parameters are matrices."""
+        return [k for k, n in enumerate(self.pairs) if n is not None]
+
+    @property
+    def constants(self) -> list[str]:
+        """What every position is computed with: parameters, of matrices the transpose too, and how a tile holds heads."""
+        names = [f"p{k}{t}" for k in range(self.params) for t in ("", "_t")[: 1 + (k in self.matrices)]]
+        return names if self.width is None else [*names, "inside", "same"]
+
+    @property
+    def flags(self) -> list[str]:
+        """Constants of the compiler that generated functions take."""
+        return ["FAST"] if self.width is None else ["FAST", "MASKED", "APART"]
 
 
 @functools.lru_cache(maxsize=512)
@@ -79,21 +102,24 @@ def source_of(found: Trace, cell: Cell, unroll: int, stages: int, all_states: bo
     slots = len(cell.states)
     outputs = tuple(range(slots)) if all_states else (cell.output,)
     sizes = (slots, len(cell.inputs), len(cell.params))
-    return Source(found.graph, found.adjoint, *sizes, outputs, unroll, stages, reset, save and slots > 1)
+    kept = save and slots > 1
+    return Source(found.graph, found.adjoint, *sizes, outputs, unroll, stages, reset, kept, cell.width, found.pairs)
 
 
 def text(cell: Cell, direction: str, reset: bool, return_states: bool) -> str:
-    """The source of the kernels of a channelwise cell; `direction` is "forward", "backward" or "decode"."""
+    """The source of the kernels of a channelwise or headwise cell; `direction` is "forward", "backward" or, channelwise, "decode"."""
     printers = {"forward": forward, "backward": backward, "decode": decode}
     if direction not in printers:
         bad_value("direction", repr(direction), "'forward', 'backward' or 'decode'")
-    if cell.structure != "channelwise":
-        raise BackendError(f"cell '{cell.name}' is {cell.structure}; kernels are generated for channelwise cells.")
-    found = trace(cell, torch.float32, torch.device("cpu"), (), ())
+    if cell.structure == "dense" or (cell.structure == "headwise" and direction == "decode"):
+        kinds = "channelwise cells" if direction == "decode" else "channelwise and headwise cells"
+        raise BackendError(f"cell '{cell.name}' is {cell.structure}; such kernels are generated for {kinds}.")
+    found = trace_of(cell, torch.float32, torch.device("cpu"))
     if found.foreign:
         raise BackendError(f"cell '{cell.name}' uses {', '.join(found.foreign)}, which has no kernel expression.")
-    slots = len(cell.states)
-    return printers[direction](source_of(found, cell, unroll_for(slots), stages_for(slots), return_states, reset, True))
+    sizes = len(cell.states), cell.width is not None
+    made = source_of(found, cell, unroll_for(*sizes), stages_for(*sizes), return_states, reset, True)
+    return printers[direction](made)
 
 
 X_PLACE = ["x_b", "x_t", "x_g", "x_h", "x_c", "width"]
@@ -101,6 +127,10 @@ IN_HEADS = [  # the channels of x lie in heads of `width`, those of a tile in on
     "head = (tile * BD // width).to(tl.int64) if WIDE else tile * BD // width",
     "x_head = x_ptr + b * x_b + head * (x_h - width * x_c)",
 ]
+
+
+def _place_in_heads(s: Source) -> list[str]:
+    return IN_HEADS if s.width is None else [line.replace("BD", "USED") for line in IN_HEADS]
 
 
 def forward(s: Source) -> str:
@@ -112,7 +142,7 @@ def forward(s: Source) -> str:
         return [line for u in range(unroll) for line in [*_position(u), *_load_inputs(s, u, lead, boundary)]]
 
     def steps(jacobian: bool, write: bool, unroll: int) -> list[str]:
-        out = _snapshot(s.slots) if write and not jacobian else []
+        out = _snapshot(s) if write and not jacobian else []
         for u in range(unroll):
             out += [*_position(u), *_cut(s, u, carry, jacobian)]
             if s.save and write and u == 0:
@@ -122,12 +152,12 @@ def forward(s: Source) -> str:
                 due = _mask(False) if unroll == s.unroll else f"mask=ok & ((origin + t) % {s.unroll} == 0)"
                 out += [f"tl.store(at + {i} * C, v{i}, {due})" for i in range(s.slots)]
             name, graph = ("step_and_jacobian", s.graph) if jacobian else ("step", s.step)
-            line, values = call(name, graph, s.given(carry, u), "w")
+            line, values = call(name, graph, s.given(carry, u), "w", s.flags)
             out.append(line)
             if jacobian:
                 rows = [values[s.slots + i * s.slots :][: s.slots] for i in range(s.slots)]
                 out += _compose_step(rows)
-            out += _carry_on(values[: s.slots], not write)
+            out += _carry_on(s, values[: s.slots], not write)
             if write:
                 out.append("at = y_ptr + b * y_b + time * y_t + col")
                 out += [
@@ -139,15 +169,18 @@ def forward(s: Source) -> str:
     arguments = ["x_ptr", *_param_pointers(s), "h_ptr", "y_ptr", "end_ptr"]
     arguments += ["saved_ptr", "groups"] * s.save + ["reset_ptr", "r_b", "r_t", "r_shift"] * s.reset
     arguments += [*X_PLACE, "y_b", "y_t"]
-    functions = [function("step", s.step, s.arguments), function("step_and_jacobian", s.graph, s.arguments)]
-    setup = [*IN_HEADS, *_load_params(s), *_load_entering("h_ptr", s.slots)]
+    functions = [function("step", s.step, s.arguments, s.flags)]
+    if s.width is None:
+        functions.append(function("step_and_jacobian", s.graph, s.arguments))
+    setup = [*_place_in_heads(s), *_load_params(s), *_load_entering("h_ptr", s.slots)]
     return _module("forward", s, functions, arguments, setup, [], _store_end(s.slots), [], loads, steps)
 
 
 def backward(s: Source) -> str:
     """The module with `backward_shoot` and `backward_correct`, as text."""
     slots, last, recompute = range(s.slots), s.unroll - 1, s.slots > 1
-    entries = s.graph.select(range(s.slots, s.slots + s.slots**2))
+    entries = s.graph.select(range(s.slots, s.slots + s.slots**2)) if s.width is None else None
+    pull = s.adjoint.select(slots)
     carry = [f"v{i}" for i in slots]
 
     def loads(lead: bool, unroll: int) -> list[str]:
@@ -178,7 +211,7 @@ def backward(s: Source) -> str:
             elif u == last:
                 out += [f"{names[i]} = saved{i}" for i in slots]
             else:
-                line, values = call("step", s.step, s.given([f"f{u + 1}_{i}" for i in slots], u + 1), "w")
+                line, values = call("step", s.step, s.given([f"f{u + 1}_{i}" for i in slots], u + 1), "w", s.flags)
                 out += [line, *[f"{names[i]} = {_spread(values[i])}" for i in slots]]
             out += _cut(s, u, names, False)
         return out
@@ -186,7 +219,7 @@ def backward(s: Source) -> str:
     def steps(jacobian: bool, write: bool, unroll: int) -> list[str]:
         out = entering(unroll)
         if write and not jacobian:
-            out += _snapshot(s.slots)
+            out += _snapshot(s)
         for u in range(unroll):
             out += _position(u)
             for n, i in enumerate(s.outputs):
@@ -195,23 +228,25 @@ def backward(s: Source) -> str:
                     f"v{i} += tl.where(ok, {value}, 0.0) if MASKED else {value}" if write else f"v{i} += {value}"
                 )
             given = s.given([f"f{u}_{i}" for i in slots], u)
-            if jacobian:
+            if jacobian and entries is not None:
                 line, values = call("jacobian", entries, given, "w")
                 transposed = [[values[k * s.slots + i] for k in slots] for i in slots]
                 out += [line, *_compose_step(transposed)]
             if write:
-                line, values = call("adjoint", s.adjoint, [*given, *carry], "w")
+                line, values = call("adjoint", s.adjoint, [*given, *carry], "w", s.flags)
                 out += [line, "at = dx_head + time * dx_t + col"]
                 for g, v in enumerate(values[s.slots :][: s.inputs]):
                     stored = f"{_spread(v)}.to(dx_ptr.dtype.element_ty)"
                     out.append(f"tl.store({_apart('at', 'dx_g', g)}, {stored}, {_mask(False)})")
-                for k, v in enumerate(values[s.slots + s.inputs :]):
-                    out.append(f"a{k} += tl.where(ok, {atom(v)}, 0.0) if MASKED else {atom(v)}")
+                out += _sum_up(s, values[s.slots + s.inputs :])
                 new = values[: s.slots]
+            elif entries is None:
+                line, new = call("pull", pull, [*given, *carry], "w", s.flags)
+                out.append(line)
             else:
                 out += [f"u{i} = {dot((transposed[i][k], f'v{k}') for k in slots)}" for i in slots]
                 new = [f"u{i}" for i in slots]
-            out += [*_carry_on(new, not write), *_cut(s, u, carry, jacobian)]
+            out += [*_carry_on(s, new, not write), *_cut(s, u, carry, jacobian)]
         return out
 
     arguments = ["x_ptr", *_param_pointers(s)]
@@ -219,16 +254,34 @@ def backward(s: Source) -> str:
     arguments += ["dy_ptr", "dh_ptr", "dx_ptr", "dp_ptr", "end_ptr"]
     arguments += ["reset_ptr", "r_b", "r_t", "r_shift"] * s.reset
     arguments += [*X_PLACE, "dy_b", "dy_t", "dy_s", "dy_c", "dx_b", "dx_t", "dx_g", "dx_h"]
-    setup = [*IN_HEADS, "dx_head = dx_ptr + b * dx_b + head * (dx_h - width)", *_load_params(s)]
+    setup = [*_place_in_heads(s), "dx_head = dx_ptr + b * dx_b + head * (dx_h - width)", *_load_params(s)]
     setup += _load_entering("dh_ptr", s.slots)
-    functions = [
-        function("jacobian", entries, s.arguments),
-        function("adjoint", s.adjoint, [*s.arguments, *[f"g{i}" for i in slots]]),
-    ]
+    given = [*s.arguments, *[f"g{i}" for i in slots]]
+    linear = function("pull", pull, given, s.flags) if entries is None else function("jacobian", entries, s.arguments)
+    functions = [linear, function("adjoint", s.adjoint, given, s.flags)]
     if recompute:
-        functions.insert(0, function("step", s.step, s.arguments))
+        functions.insert(0, function("step", s.step, s.arguments, s.flags))
     else:
         setup.append("h_first = tl.load(h_ptr + b * C + col, mask=inside, other=0.0).to(tl.float32)")
+    clear, sums, blank = _channel_sums(s) if s.width is None else _head_sums(s)
+    finish = [*_store_end(s.slots), *sums]
+    return _module("backward", s, functions, arguments, setup, clear, finish, blank, loads, steps)
+
+
+def _sum_up(s: Source, values: list[Atom]) -> list[str]:
+    """Parameter gradients of one position, added to the sums a{k}."""
+    out, rest = [], iter(values)
+    for k, n in enumerate(s.pairs or [None] * s.params):
+        if n is None:
+            v = atom(next(rest))
+            out.append(f"a{k} += tl.where(ok, {v}, 0.0) if MASKED else {v}")
+        for _ in range(n or 0):
+            out.append(f"a{k} = outer(a{k}, {atom(next(rest))}, {atom(next(rest))}, ok, FAST, MASKED)")
+    return out
+
+
+def _channel_sums(s: Source) -> tuple[list[str], list[str], list[str]]:
+    """Lines that clear the sums, store them, and blank those of other parts."""
     sums, blank = [], []
     for k in range(s.params):
         sums += [
@@ -241,9 +294,24 @@ def backward(s: Source) -> str:
             f"    at = dp_ptr + ((b * parts + other) * {s.params} + {k}) * C + tile * BD + tl.arange(0, BD)",
             "    tl.store(at, tl.zeros([BD], tl.float32), mask=(tile * BD + tl.arange(0, BD) < C) & ran)",
         ]
-    clear = [f"a{k} = zero" for k in range(s.params)]
-    finish = [*_store_end(s.slots), *sums]
-    return _module("backward", s, functions, arguments, setup, clear, finish, blank, loads, steps)
+    return [f"a{k} = zero" for k in range(s.params)], sums, blank
+
+
+def _head_sums(s: Source) -> tuple[list[str], list[str], list[str]]:
+    """The same: vectors (C,) and matrices (H, n, n) follow one another in the line of `slot`; others of `parts` lines are zero."""
+    clear, sums = [], []
+    before, total = "0", " + ".join("WIDTH" if k in s.matrices else "1" for k in range(s.params)) or "0"
+    for k in range(s.params):
+        at = f"dp_ptr + ((slot + part) * ({total}) + {before}) * C.to(tl.int64)"
+        if k in s.matrices:
+            clear.append(f"a{k} = tl.zeros([BD, BD], tl.float32)")
+            at, value, mask = f"{at} + {_MATRIX}", f"a{k}", "same & (tile * USED + k < C)"
+        else:
+            clear.append(f"a{k} = zero")
+            at, value, mask = f"{at} + col", f"tl.sum(a{k}, 0)[None, :]", "(col < C) & (lane < USED)"
+        sums += [f"tl.store({at}, tl.where(part == 0, {value}, 0.0), mask={mask})"]
+        before += " + WIDTH" if k in s.matrices else " + 1"
+    return clear, ["for part in range(parts):", *[f"    {line}" for line in sums]] if sums else [], []
 
 
 DECODE = """
@@ -280,22 +348,7 @@ def decode(s: Source) -> str:
 
 
 # Numbers whose divisibility changes nothing: one compiled kernel serves them all.
-_ANY = [
-    "groups",
-    "T0",
-    "LO",
-    "L",
-    "CL",
-    "chunks",
-    "snap",
-    "records",
-    "burn",
-    "furthest",
-    "parts",
-    "ratio",
-    "sub",
-    "most",
-]
+_ANY = ["groups", "T0", "LO", "L", "CL", "chunks", "snap", "records", "burn", "furthest", "parts", "ratio", "sub", "most", "per", "batch"]  # fmt: skip
 
 
 def _module(
@@ -313,13 +366,23 @@ def _module(
     def largest(terms: list[str]) -> str:
         return terms[0] if len(terms) == 1 else f"tl.maximum({largest(terms[:-1])}, {terms[-1]})"
 
+    fixed = lambda template: [n for n in _ANY if re.search(rf"\b{n}\b", taken + template.split("):")[0])]
+    taken = f"{', '.join(arguments)}, {PLACE}"
+    blocks = {
+        "name": name, "arguments": ", ".join(arguments), "place": PLACE, "patience": PATIENCE, "S": s.slots, "U": s.unroll,
+        "setup": setup, "clear": clear, "largest_r": largest([f"r{i}" for i in slots]),
+    }  # fmt: skip
+    if s.width is not None:
+        blocks |= {"apart": " | ".join(f"~(r{i} <= tol * tl.maximum(z{i}, floor))" for i in slots), "finish": finish}
+        blocks |= {"lead": loop(False, False, s.unroll, s.stages), "write": loop(False, True, s.unroll, s.stages)}
+        text = [fill(t, s.slots, blocks | {"fixed": str(fixed(t))}) for t in head_skeleton.TEXTS]
+        return HEADER + HEAD_FUNCTIONS + "\n".join([*functions, *text])
     results = ", ".join([f"n{i}{k}" for i, k in pairs] + [f"o{i}" for i in slots])
     given = ", ".join([f"clamped(m{i}{k})" for i, k in pairs] + [f"r{i}" for i in slots])
-    blocks = {
-        "name": name, "arguments": ", ".join(arguments), "place": PLACE, "patience": PATIENCE, "S": s.slots, "U": s.unroll, "setup": setup, "clear": clear,
+    blocks |= {
         "scan": [f"{results} = tl.associative_scan(({given}), 0, compose)"],
         "weight": largest([" + ".join(f"tl.abs(j{i}{k})" for k in slots) for i in slots]),
-        "largest": largest([f"tl.abs(d{i})" for i in slots]), "largest_r": largest([f"r{i}" for i in slots]),
+        "largest": largest([f"tl.abs(d{i})" for i in slots]),
         "outside": " | ".join(f"~(tl.abs({v}{i}) <= tol * z{i})" for i in slots for v in "dc"),
         "apart": " | ".join(f"~(r{i} <= tol * z{i})" for i in slots),
     }  # fmt: skip
@@ -327,8 +390,6 @@ def _module(
     short = s.unroll if name == "backward" and s.slots > 1 else 1
     lead, write = (loop(not write, write, s.unroll, s.stages) for write in (False, True))
     both = loop(True, True, short, 2 if short > 1 else 4)
-    taken = f"{', '.join(arguments)}, {PLACE}"
-    fixed = lambda template: [n for n in _ANY if re.search(rf"\b{n}\b", taken + template.split("):")[0])]
     run = fill(RUN, s.slots, blocks | {"finish": finish, "lead": lead, "write": write})
     shoot = fill(SHOOT, s.slots, blocks | {"fixed": str(fixed(SHOOT))})
     correct = fill(CORRECT, s.slots, blocks | {"fixed": str(fixed(CORRECT)), "finish": finish + blank, "both": both})
@@ -363,8 +424,21 @@ def _param_pointers(s: Source) -> list[str]:
     return [f"p{k}_ptr" for k in range(s.params)]
 
 
+_MATRIX = "(tile * USED + k) * WIDTH + lane % WIDTH"  # where entry (k, lane) of a block-diagonal tile lies in (H, n, n)
+_TRANSPOSED = "(tile * USED + lane) * WIDTH + k % WIDTH"
+
+
 def _load_params(s: Source) -> list[str]:
-    return [f"p{k} = tl.load(p{k}_ptr + col, mask=inside, other=0.0).to(tl.float32)" for k in range(s.params)]
+    out = []
+    for k in range(s.params):
+        if k in s.matrices:
+            out += [
+                f"p{k} = tl.load(p{k}_ptr + {_MATRIX}, mask=same & (tile * USED + k < C), other=0.0).to(tl.float32)",
+                f"p{k}_t = tl.load(p{k}_ptr + {_TRANSPOSED}, mask=same & (col < C), other=0.0).to(tl.float32)",
+            ]
+        else:
+            out.append(f"p{k} = tl.load(p{k}_ptr + col, mask=inside, other=0.0).to(tl.float32)")
+    return out
 
 
 def _load_entering(pointer: str, slots: int) -> list[str]:
@@ -386,8 +460,11 @@ def _load_inputs(s: Source, u: int, lead: bool, boundary: str) -> list[str]:
     return out
 
 
-def _snapshot(slots: int) -> list[str]:
+def _snapshot(s: Source) -> list[str]:
     """Every `snap` positions, the carry goes on record: where a correction may begin."""
+    if s.width is not None:
+        return []
+    slots = s.slots
     at = f"starts_ptr + (b * {slots} * records + (base + t) // snap) * C + col"
     stores = [f"tl.store({at} + {i} * records * C, v{i}, mask=inside & (t % snap == 0))" for i in range(slots)]
     return ["if not ALONE:", *[f"    {store}" for store in stores]]
@@ -408,11 +485,13 @@ def _compose_step(a: list[list[Atom]]) -> list[str]:
     return new + [f"m{i}{k} = tl.where(ok, n{i}{k}, m{i}{k})" for i in slots for k in slots]
 
 
-def _carry_on(values: Sequence[Atom], always: bool) -> list[str]:
-    """The new carries, all at once; positions that do not exist leave them as they are."""
+def _carry_on(s: Source, values: Sequence[Atom], always: bool) -> list[str]:
+    """The new carries, all at once; positions that do not exist leave them as they are. In heads, how far they went is noted."""
     out = [f"k{i} = {_spread(v)}" for i, v in enumerate(values)]
     kept = "tl.where(ok, k{0}, v{0})" if always else "tl.where(ok, k{0}, v{0}) if MASKED else k{0}"
-    return out + [f"v{i} = {kept.format(i)}" for i in range(len(values))]
+    out += [f"v{i} = {kept.format(i)}" for i in range(len(values))]
+    noted = [] if s.width is None or always else [f"far = larger(far, tl.abs(v{i}))" for i in range(len(values))]
+    return out + noted
 
 
 def _compose(slots: int) -> str:

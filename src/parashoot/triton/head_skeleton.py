@@ -1,0 +1,160 @@
+"""The kernel text for headwise steps: as skeleton.py, with a zero Jacobian, on tiles of rows x channels.
+
+A row is one chunk of one sequence, so that the product of a head's matrix with all of them is one matrix product. A tile of BD channels
+holds as many whole heads of WIDTH as fit; matrices lie in it block-diagonally. `per` rows, a power of two, belong to each sequence.
+
+SHOOT, a program for each NC rows and a tile: lead into each chunk over `burn` positions from zero, run through it, storing results;
+    record starts and ends.
+CORRECT, a program for all rows of some sequences: where each end agrees with the next start it ends. Else each row starts from the
+    end before it, and so on: after k passes k chunks are exact. What PATIENCE passes have not brought together, and what is not finite
+    (in a block-diagonal product that would spread to other heads), runs in order, with heads APART.
+"""
+
+from __future__ import annotations
+
+_ROWS = """
+    row = tl.arange(0, NC)[:, None]
+    lane = tl.arange(0, BD)[None, :]
+    USED: tl.constexpr = BD // WIDTH * WIDTH
+    col = tile * USED + lane
+    col = col.to(tl.int64) if WIDE else col
+    b = (first + row) // per
+    chunk = (first + row) % per
+    live = (b < batch) & (chunk < chunks) & (row < bound)
+    b = tl.where(live, b, 0).to(tl.int64)
+    inside = (col < C) & (lane < USED) & (row >= 0)
+    zero = tl.zeros([NC, BD], tl.float32)
+    k = tl.arange(0, BD)[:, None]
+    same = (k // WIDTH == lane // WIDTH) & (k < USED) & (lane < USED)
+    mark = (b * {S} * chunks + chunk) * C + col
+"""
+
+RUN = (
+    """
+@triton.jit
+def {name}_run(
+    first, bound, tile, slot, parts, {arguments},
+    {place}, starts_ptr, ends_ptr, CL, per, chunks, batch, burn,
+    NC: tl.constexpr, BD: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    LEAD: tl.constexpr, ALONE: tl.constexpr, APART: tl.constexpr,
+):
+"""
+    + _ROWS
+    + """
+    {setup}
+    base = tl.where(live, chunk * CL, L)
+    $v{i} = i{i}$
+    if LEAD:
+        clipped = base - burn <= LO
+        $v{i} = tl.where(clipped, i{i}, zero)$
+        n = burn
+        origin = base - burn
+        {lead}
+    if not ALONE:
+        if not LEAD:
+            $v{i} = tl.load(ends_ptr + mark + ({i} * chunks - 1) * C, mask=live & inside & (chunk > 0), other=0.0)$
+            $v{i} = tl.where(chunk > 0, v{i}, i{i})$
+            tl.debug_barrier()  # before another row replaces its end
+        $tl.store(starts_ptr + mark + {i} * chunks * C, v{i}, mask=live & inside)$
+    n = CL
+    origin = base
+    far = zero
+    {clear}
+    {write}
+    if not ALONE:
+        $tl.store(ends_ptr + mark + {i} * chunks * C, v{i}, mask=live & inside)$
+    final = live & inside & (chunk == chunks - 1)
+    {finish}
+    return 1.0 - tl.min(tl.min((far < float("inf")).to(tl.float32), 1), 0)
+
+
+{name}_again = triton.jit({name}_run.fn, noinline=True)
+"""
+)
+
+SHOOT = """
+@triton.jit(do_not_specialize={fixed})
+def {name}_shoot(
+    {arguments},
+    {place}, starts_ptr, ends_ptr, facts_ptr, CL, per, chunks, batch, burn, tiles,
+    NC: tl.constexpr, BD: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    ALONE: tl.constexpr,
+):
+    program = tl.program_id(0)
+    block = program // tiles
+    odd = {name}_run(
+        block * NC, NC, program % tiles, block, 1, {arguments},
+        {place}, starts_ptr, ends_ptr, CL, per, chunks, batch, burn,
+        NC, BD, WIDTH, FAST, MASKED, WIDE, not ALONE, ALONE, False,
+    )
+    tl.store(facts_ptr + program, odd)
+"""
+
+COMPARE = (
+    """
+@triton.jit
+def {name}_compare(
+    first, tile, starts_ptr, ends_ptr, C, per, chunks, batch, tol, floor,
+    NC: tl.constexpr, BD: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+):
+    bound = NC
+"""
+    + _ROWS
+    + """
+    joined = live & inside & (chunk > 0)
+    $z{i} = tl.abs(finite(tl.load(ends_ptr + mark + {i} * chunks * C, mask=live & inside, other=0.0), 1e30))$
+    $z{i} = tl.max(tl.where(same, tl.max(z{i}, 0)[None, :], 0.0), 1)[None, :]$
+    $o{i} = tl.load(ends_ptr + mark + ({i} * chunks - 1) * C, mask=joined, other=0.0)$
+    $s{i} = tl.load(starts_ptr + mark + {i} * chunks * C, mask=joined, other=0.0)$
+    $r{i} = tl.abs(difference(o{i}, s{i}))$
+    bad = {apart}
+    $r{i} = tl.where(r{i} < 1e38, r{i}, 1e38)$
+    return tl.max(tl.max(bad.to(tl.int32), 1), 0), tl.max(tl.max({largest_r}, 1), 0)
+"""
+)
+
+CORRECT = """
+@triton.jit(do_not_specialize={fixed})
+def {name}_correct(
+    {arguments},
+    {place}, starts_ptr, ends_ptr, facts_ptr, report_ptr, CL, per, chunks, batch, tiles, parts, tol, floor, most,
+    NC: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+):
+    program = tl.program_id(0)
+    tile = program % tiles
+    group = program // tiles
+    odd = 0.0
+    for part in range(parts):
+        odd = tl.maximum(odd, tl.load(facts_ptr + (group * parts + part) * tiles + tile))
+    bad, defect = {name}_compare(group * NC, tile, starts_ptr, ends_ptr, C, per, chunks, batch, tol, floor, NC, BD, WIDTH, WIDE)
+    passes = 1 + 0 * tile
+    going = (bad > 0) & (odd == 0.0) & (most > 1)
+    while going:
+        tl.debug_barrier()  # other threads wrote what is now read, and written again
+        odd = {name}_again(
+            group * NC, NC, tile, group * parts, parts, {arguments},
+            {place}, starts_ptr, ends_ptr, CL, per, chunks, batch, 0,
+            NC, BD, WIDTH, FAST, True, WIDE, False, False, False,
+        )
+        tl.debug_barrier()
+        bad, defect = {name}_compare(group * NC, tile, starts_ptr, ends_ptr, C, per, chunks, batch, tol, floor, NC, BD, WIDTH, WIDE)
+        passes += 1
+        going = (bad > 0) & (odd == 0.0) & (passes < most) & (passes < {patience})
+    unsolved = (bad > 0) | (odd > 0.0)
+    again = unsolved & (passes < most)
+    if again:
+        tl.debug_barrier()
+        {name}_again(
+            group * (NC // per), NC // per, tile, group * parts, parts, {arguments},
+            {place}, starts_ptr, ends_ptr, L, 1, 1, batch, 0,
+            ROWS, BD, WIDTH, FAST, True, WIDE, False, True, True,
+        )
+    passes += again.to(tl.int32)
+    unsolved = unsolved & (again == 0)
+    report = report_ptr + program * 3
+    tl.store(report, passes.to(tl.float32))
+    tl.store(report + 1, tl.where(again, 0.0, defect))
+    tl.store(report + 2, unsolved.to(tl.float32))
+"""
+
+TEXTS = (RUN, SHOOT, COMPARE, CORRECT)
