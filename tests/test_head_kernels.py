@@ -178,7 +178,7 @@ def test_compiled_into_one_graph(tiling):
     dy, dh = torch.randn(1, 9, 8, device=DEVICE), torch.randn_like(h0)
     got, want = (gradients(f, x, params, h0, dy, dh) for f in (compiled, run))
     assert max(relative(g, w.double()) for g, w in zip(got, want, strict=True)) <= 1e-5
-    arguments = (*leaves(x), leaves(*params), *leaves(h0), None, LSTM.key, False, False, True, *encode(KERNEL))
+    arguments = (*leaves(x), leaves(*params), *leaves(h0), None, LSTM.key, False, False, True, True, *encode(KERNEL))
     torch.library.opcheck(torch.ops.parashoot.scan.default, arguments, test_utils="test_faketensor")
 
 
