@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 from functools import partial
 
 import pytest
@@ -12,11 +13,12 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import parashoot as ps
-from parashoot.parallel_plan import Shape, choose
-from parashoot.parallelize import _shoot
+from parashoot.parallel_plan import Shape, choose, fixed
+from parashoot.parallelize import ParallelGRU, _shoot
 from parashoot.solve.black_box import Record, Task, solve
 from parashoot.solve.chunks import cut
 
+MODULE = sys.modules["parashoot.parallelize"]  # whose name in the package is the function's
 CHUNKS = ps.MultipleShooting(chunk_length=16)
 KINDS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN, "relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k)}
 OPTIONS = {
@@ -342,6 +344,65 @@ def test_a_module_that_remembers_runs_plainly_and_gets_another_chance():
     for _ in range(100):
         parallel(x)
     assert parallel.info[0].chunk_length > 0
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_chunks_that_are_slower_than_predicted_are_left(packed, monkeypatch):
+    plain = nn.GRU(4, 8, 2, dropout=0.5)
+    parallel = ps.parallelize(plain)
+    monkeypatch.setattr(MODULE, "choose", lambda shape, horizons: [fixed(64, h) for h in horizons])
+    seconds = iter([2.0, 0.1])  # over chunks, and plainly
+    monkeypatch.setattr(ParallelGRU, "_seconds", lambda *_: next(seconds))
+    x = torch.randn(2048, 1, 4)
+    given = pack_sequence([x[:, 0], x[:900, 0]]) if packed else x
+    for _ in range(MODULE.TIMED - 1):
+        parallel(given)
+        assert parallel.info[0].chunk_length == 64
+    parallel(given)
+    assert parallel.info[0].chunk_length == 0 and parallel.info[0].rest > 0
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_timing_leaves_no_trace(packed, monkeypatch):
+    """No random numbers drawn, no gradients."""
+    monkeypatch.setattr(MODULE, "TIMED", 1)
+    monkeypatch.setattr(MODULE, "choose", lambda shape, horizons: [fixed(64, h) for h in horizons])
+    plain = nn.GRU(4, 8, 2, dropout=0.5).double()
+    parallel = ps.parallelize(plain)
+    x = torch.randn(700, 2, 4, dtype=torch.float64, requires_grad=True)
+    given = pack_sequence([x[:, 0], x[:300, 1]]) if packed else x
+    ran, seconds = [], ParallelGRU._seconds
+    monkeypatch.setattr(ParallelGRU, "_seconds", lambda *a: ran.append(seconds(*a)) or float(len(ran)))
+    before = torch.get_rng_state()
+    parallel(given)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    ps.parallelize(plain, ps.MultipleShooting(chunk_length=64))(given)
+    assert len(ran) == 2 and min(ran) > 0.0 and torch.equal(torch.get_rng_state(), after)
+    assert x.grad is None and all(p.grad is None for p in plain.parameters())
+
+
+@pytest.mark.parametrize("bias", [0.0, 2.0])
+def test_roundings_of_bfloat16_are_not_taken_for_memory(bias):
+    """Within twice the plain module's error, by the same in fp64; and the passes do not grow from call to call."""
+    plain = nn.GRU(16, 32, batch_first=True)
+    with torch.no_grad():
+        plain.get_parameter("bias_ih_l0")[32:64] += bias
+    plain = plain.bfloat16()
+    parallel = ps.parallelize(plain, ps.MultipleShooting(chunk_length=32))
+    x, w = torch.randn(2, 512, 16, dtype=torch.bfloat16), torch.randn(2, 512, 32)
+
+    def run(module):
+        given = x.to(module.weight_ih_l0.dtype).requires_grad_()
+        y = module(given)[0]
+        return [y.detach(), *torch.autograd.grad((y * w.to(y.dtype)).sum(), [given, *module.parameters()])]
+
+    exact = run(copy.deepcopy(plain).double())
+    off = lambda found: max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True))
+    most = off(run(plain))
+    for _ in range(8):
+        assert off(run(parallel)) <= 2 * most
+    assert max(parallel.info[0].passes, parallel.info[0].backward_passes) <= (3 if bias else 2)
 
 
 def test_chunks_hand_states_on_and_gradients_back():

@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         "bench", help="measure against the loop and other people's kernels", description=_bench.__doc__
     )
     bench.add_argument(
-        "suites", nargs="*", metavar="SUITE", help="quick, table, peers, paper, time, width (default: quick)"
+        "suites", nargs="*", metavar="SUITE", help="quick, table, peers, heads, paper, time, width (default: quick)"
     )
     bench.add_argument(
         "--out", default="bench.jsonl", metavar="FILE", help="rows are added here (default: bench.jsonl)"

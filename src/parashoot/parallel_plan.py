@@ -32,7 +32,7 @@ class Machine(NamedTuple):
 _ON_CPU = {"GRU": (9e-6, 6e-5), "LSTM": (5e-7, 1e-6), "RNN_TANH": (3e-6, 1.8e-5), "RNN_RELU": (3e-6, 1.8e-5)}
 MACHINES = {
     "cpu": Machine(5e-4, _ON_CPU, 6e10, 6e10, 3e10, 4.5e10, False, 0.55),
-    "cuda": Machine(3e-4, dict.fromkeys(GATES, (1.2e-5, 1.2e-5)), 2.5e13, 1e14, 2e14, 3e12, True, 0.8),
+    "cuda": Machine(1e-3, dict.fromkeys(GATES, (1.2e-5, 1.2e-5)), 2.5e13, 1e14, 2e14, 3e12, True, 0.8),
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -19,6 +21,8 @@ from .solve.chunks import conjugate, cut
 
 _CALLS = {"GRU": _VF.gru, "LSTM": _VF.lstm, "RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu}
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+TIMED = 3  # call of a shape on which both ways are timed
+ENOUGH = 512  # steps from which the time of a plain call is told
 _TF32 = 2e-4  # a state's rounding to ten bits in products is not below this
 
 
@@ -76,6 +80,13 @@ class _Parallel(nn.RNNBase):
         lengths = self._lengths(input)
         plan = None if lengths is None else self._plan(input, lengths)
         states = None if plan is None else self._states(input, hx)
+        if (
+            lengths is not None
+            and plan is not None
+            and states is not None
+            and not self._pays(input, states, lengths, plan)
+        ):
+            plan = None
         if lengths is None or plan is None or states is None:
             for record in self.__dict__.get("info", ()):
                 record.plainly()
@@ -124,6 +135,49 @@ class _Parallel(nn.RNNBase):
                 for r in records:
                     r.give_up()
         return plan
+
+    def _pays(self, given: Any, states: list[Tensor], lengths: tuple[int, ...], plan: Sequence[Cut]) -> bool:
+        """Whether chunks are faster, in training forward and backward: timed on the `TIMED`-th call of a shape, when the plan has
+        learned, and again after each rest; until then as the plan predicts."""
+        auto = self.solver is None or (isinstance(self.solver, MultipleShooting) and self.solver.chunk_length == "auto")
+        if not auto or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # type: ignore[attr-defined]
+            return True
+        x = given.data if isinstance(given, PackedSequence) else given
+        calls = self.__dict__.setdefault("_calls", Counter())
+        key = (lengths if isinstance(given, PackedSequence) else x.shape, _autocast_dtype(x), torch.is_grad_enabled())
+        calls[key] += 1
+        if calls[key] != TIMED:
+            return True
+        x = x.detach().requires_grad_(x.requires_grad)
+        whole, steps, scale = x, max(lengths), 1.0
+        if isinstance(given, PackedSequence):
+            x = whole = given._replace(data=x)
+        elif steps > ENOUGH:
+            x, scale = x.narrow(int(self.batch_first and x.dim() == 3), 0, ENOUGH), steps / ENOUGH
+        states = [v.detach() for v in states]
+        chunked = self._seconds(lambda: self._over_chunks(whole, states, lengths, plan)[0], whole)
+        if chunked <= scale * self._seconds(lambda: super(_Parallel, self).forward(x)[0], x):  # type: ignore[call-arg]
+            return True
+        calls[key] = 0
+        for record in self.info:
+            record.give_up()
+        return False
+
+    def _seconds(self, run: Callable[[], Any], given: Any) -> float:
+        """Of the second of two runs, with a backward pass where gradients are on."""
+        data = given.data if isinstance(given, PackedSequence) else given
+        leaves = [v for v in (data, *self.parameters()) if v.requires_grad] if torch.is_grad_enabled() else []
+        wait = partial(torch.cuda.synchronize, data.device) if data.is_cuda else lambda: None
+        begun = 0.0
+        with torch.random.fork_rng([data.device] if data.is_cuda else []):
+            for _ in range(2):
+                wait()
+                begun = time.perf_counter()
+                y = run()
+                if leaves:
+                    torch.autograd.grad((y.data if isinstance(y, PackedSequence) else y).sum(), leaves)
+                wait()
+        return time.perf_counter() - begun
 
     def _states(self, given: Any, hx: Any) -> list[Tensor] | None:
         """The initial states (layers * directions, B, H), checked by PyTorch; None where it has to refuse them."""
@@ -183,11 +237,11 @@ class _Parallel(nn.RNNBase):
                 sizes = (len(weights), x.shape[1], self.mode, self.hidden_size, self.proj_size)
                 weights = _Flat.apply(sizes, *weights)  # type: ignore[misc]
         reverse = self.bidirectional and k % 2 == 1
-        sequences = functools.partial(cut, lengths, time_major=time_major, reverse=reverse, device=x.device)
+        sequences = partial(cut, lengths, time_major=time_major, reverse=reverse, device=x.device)
         given = self.solver if isinstance(self.solver, MultipleShooting) else MultipleShooting()
         tol = given.tol if given.tol is not None else _TF32 if _tf32(x) else _TOLERANCE[x.dtype]
-        shoot = functools.partial(_shoot, self.mode, self.bias)
-        whole = functools.partial(sequences, max(lengths))
+        shoot = partial(_shoot, self.mode, self.bias)
+        whole = partial(sequences, max(lengths))
         task = Task(
             shoot, sequences(plan.length), whole, tol, plan.lead, plan.passes, plan.affordable, given.max_iters, self.info[k]
         )  # fmt: skip

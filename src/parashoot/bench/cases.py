@@ -18,7 +18,7 @@ SIGMA = 0.25  # small enough for solvers that stop after a fixed number of itera
 
 @dataclass(frozen=True)
 class Case:
-    """A shipped `cell` on x (B, T, G, C) of a `dtype`; `mode`: "train" or, without gradients, "infer"; recurrent
+    """A shipped `cell`, "headgru/16" with heads of 16, on x (B, T, G, C) of a `dtype`; `mode`: "train" or, without gradients, "infer"; recurrent
     weights have the deviation `sigma` (matrices: over sqrt(n))."""
 
     cell: str
@@ -32,7 +32,7 @@ class Case:
     @property
     def step(self) -> Cell:
         """The cell itself."""
-        return getattr(cells, self.cell)
+        return _shipped(self.cell)
 
     @property
     def storage(self) -> torch.dtype:
@@ -44,6 +44,12 @@ class Case:
         dtype = self.dtype.replace("float", "f" if self.dtype[0] == "b" else "fp")
         sigma = "" if self.sigma == SIGMA else f" sigma={self.sigma:g}"
         return f"{self.cell} {dtype} {self.batch} x {self.time} x {self.channels}{mode}{sigma}"
+
+
+@functools.cache
+def _shipped(name: str) -> Cell:
+    name, _, width = name.partition("/")
+    return getattr(cells, name).with_width(int(width)) if width else getattr(cells, name)
 
 
 @functools.lru_cache(maxsize=1)
@@ -96,6 +102,12 @@ SUITES = {
         + _cases("gru", [SMALL], "float32", sigma=1.0)
         + _cases("gru", [SMALL], "float32", sigma=2.0),
         (*OURS, *PEERS),
+    ),
+    "heads": Suite(
+        "cells whose heads mix their state, beside the same kernel with one chunk, which is sequential; and FlashRNN's LSTM, "
+        "in heads of 32",
+        _cases("headgru/8 headgru/16", [BIG], BOTH) + _cases("headlstm/8 headlstm/16 headlstm/32", [BIG]),
+        ("scan-triton", "scan-sequential", "flashrnn"),
     ),
     "paper": Suite(
         "the loops that the parallel solution replaces: compiled at T = 512, as in the paper (which gives no batch "

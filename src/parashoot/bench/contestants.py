@@ -31,9 +31,10 @@ PARARNN = {"gru": ("ParaGRU", "a_z a_r a_n"), "lstm": ("ParaLSTM", "a_f a_z a_o 
 def cell_truth(case: Case, device: torch.device) -> Truth:
     """The for-loop over the case's cell, shared by all who run that cell."""
     cell, (x, params) = case.step, problem(case, device)
-    channels = CHANNELS if cell.structure == "channelwise" else case.channels
+    channels = case.channels if cell.structure == "dense" else CHANNELS
     part = lambda v: v[:SEQUENCES, :STEPS, ..., :channels]
-    pick = lambda tensors: [part(tensors[0]), *(p[:channels] for p in tensors[1:])]
+    first = lambda p: p[: channels // p.shape[1] if p.dim() == 3 else channels]
+    pick = lambda tensors: [part(tensors[0]), *map(first, tensors[1:])]
     return Truth(lambda x, *params: loop(cell, x, params)[0], [x, *params], part, pick)
 
 
@@ -43,9 +44,10 @@ def on_the_cell(case: Case, device: torch.device, run: Callable[[Tensor], Tensor
     return Entry((x,), run=run, truth=cell_truth(case, device), **{"weights": tuple(params), **options})
 
 
-def by_scan(backend: str, case: Case, device: torch.device) -> Entry:
-    """`ps.scan` with one backend: generated kernels, or PyTorch operations."""
-    params, solver = problem(case, device)[1] or None, MultipleShooting(backend=backend)
+def by_scan(backend: str, case: Case, device: torch.device, *, chunks: bool = True) -> Entry:
+    """`ps.scan` with one backend: generated kernels, or PyTorch operations; in chunks as planned, or in one."""
+    params = problem(case, device)[1] or None
+    solver = MultipleShooting("auto" if chunks else case.time, backend=backend)
     return on_the_cell(case, device, lambda x: scan(case.step, x, params, solver=solver)[0])
 
 
@@ -214,6 +216,7 @@ def _package(module: str, package: str) -> Any:
 _ALL = (
     Contestant("scan-triton", partial(by_scan, "triton")),
     Contestant("scan-torch", partial(by_scan, "torch")),
+    Contestant("scan-sequential", partial(by_scan, "triton", chunks=False)),
     Contestant("loop", partial(by_loop, False), longest=2048),
     Contestant("loop-graph", partial(by_loop, True), longest=2048),
     Contestant("loop-compiled", compiled, longest=512),
@@ -224,6 +227,6 @@ _ALL = (
     Contestant("hgrn", hgrn, ("gru", "mingru"), package="fla-core"),
     Contestant("gated-delta", gated_delta, ("gru", "mingru"), package="fla-core"),
     Contestant("accelerated-scan", accelerated, ("gru", "mingru"), package="accelerated-scan"),
-    Contestant("flashrnn", flashrnn, ("lstm",), package="flashrnn"),
+    Contestant("flashrnn", flashrnn, ("lstm", "headlstm/32"), package="flashrnn"),
 )
 CONTESTANTS = {contestant.name: contestant for contestant in _ALL}

@@ -211,8 +211,8 @@ def forward(
         return chunks, run
     moved = _moved(chunks.hand_on([e.detach() for e in run.ends], initial), starts).max()
     rate, horizon, record.defect = _read(begun, moved, lead + (planned - 2) * chunks.length, planned, tol)
-    record.learn(0, horizon, not record.defect <= tol / 2)
-    if planned == exact or record.defect <= tol * (1 - rate):
+    record.learn(0, horizon, not record.defect <= max(tol / 2, _noise(x.dtype)))
+    if planned == exact or _settled(record.defect, rate, tol, x.dtype):
         record.wait = 32
         return chunks, run
     if _further(horizon, chunks.length, planned) + 1 > task.affordable:
@@ -290,8 +290,8 @@ def backward(
             break
         steps = task.guess(chunks) + (done - 2) * chunks.length
         rate, horizon, defect = _read(None, _relative(after, before), steps, done, task.tol)
-        record.learn(1, horizon, not defect <= task.tol / 2)
-        if defect <= task.tol * (1 - rate):
+        record.learn(1, horizon, not defect <= max(task.tol / 2, _noise(x.dtype)))
+        if _settled(defect, rate, task.tol, x.dtype):
             break
         further, run, across = _further(horizon, chunks.length, done), None, after
         passes = int(min(further, task.exact(chunks) - done))
@@ -330,6 +330,16 @@ def _read(first: Tensor | None, last: Tensor, steps: int, passes: int, tol: floa
     least = max(tol, 1e-30)
     shrunk = math.log(max(b, 1e-3 * least) / a)
     return min(math.exp(shrunk / (passes - 1)), 0.9), steps * max(math.log(least / a) / shrunk, 0.0), b
+
+
+def _noise(dtype: torch.dtype) -> float:
+    """What roundings of stored numbers move, pass after pass, however much a recurrence forgets."""
+    return 4 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0
+
+
+def _settled(defect: float, rate: float, tol: float, dtype: torch.dtype) -> bool:
+    """Whether what moved by `defect` will move by less than `tol` in all, contracting by `rate` a pass."""
+    return defect <= tol * (1 - rate) or (defect <= _noise(dtype) and defect * rate <= tol * (1 - rate))
 
 
 def _further(horizon: float, length: int, passes: int) -> float:
