@@ -8,6 +8,7 @@ over the steps after the first two, which compile and warm up ("ready"); memory 
     python benchmarks/lm_step.py --models 400M:gru 400M:lstm --shapes 16x2048 2x16384 --compile [--out lm-step.jsonl]
     torchrun --nproc-per-node 2 benchmarks/lm_step.py --models 7B --shapes 4x2048 --compile --checkpointed
     python benchmarks/lm_step.py --models demo:gru --shapes 2x64 --device cpu --steps 2 --profile
+    python benchmarks/lm_step.py --table benchmarks/results/lm-step.jsonl
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from parashoot import cells
-from parashoot.bench.results import facts
+from parashoot.bench.results import facts, markdown
 from parashoot.lm.config import ParaRNNConfig
 from parashoot.lm.models import model_config
 from parashoot.lm.presets import preset
@@ -181,6 +182,23 @@ def show(row: dict[str, Any]) -> None:
             print(f"  {k['share']:6.1%} {k['ms']:9.2f} ms {k['calls']:6} x {k['name'][:100]}", flush=True)
 
 
+def table(path: Path) -> str:
+    """The newest row of each model and shape in a results file, as Markdown."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    newest = {(r["model"], r["batch"], r["length"], r["processes"]): r for r in rows if "ms" in r}
+    lines = [["model", "batch x tokens", "GPUs", "ms a step", "tokens/s", "MFU", "GiB on each", "commit"]]
+    for (model, batch, length, size), r in sorted(newest.items(), key=lambda item: (item[0][2], item[1]["parameters"])):
+        figures = [
+            f"{r['ms']:.0f}",
+            f"{r['tokens_per_s']:,.0f}",
+            f"{r['mfu']:.1%}",
+            f"{r['memory_gib']:.1f}",
+            r["commit"],
+        ]
+        lines.append([model, f"{batch} x {length}", str(size), *figures])
+    return markdown(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="One training step of language models, also under torchrun.")
     parser.add_argument("--models", nargs="+", default=["400M:gru", "400M:lstm"], metavar="PRESET:CHANGES")
@@ -196,7 +214,13 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--commit", metavar="HASH", help="what the rows call this version (default: git's)")
     parser.add_argument("--out", type=Path, help="rows are added to this file, one JSON object a line")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="measure nothing: print the rows of this file as Markdown"
+    )
     options = parser.parse_args()
+    if options.table:
+        print(table(options.table))
+        return
     models = {name: find_model(name) for name in options.models}
     with processes(options.device) as group:
         where = facts(group.device, options.commit)
