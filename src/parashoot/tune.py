@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .cell import Cell, parameter_shapes
+from .cell import Cell, parameter_shapes, sizes
 from .errors import BackendError, bad_value
 from .op import as_seen
 from .plan import AUTO, compute_dtype, make_plan, plan_for
@@ -22,7 +22,8 @@ def tune(
 ) -> dict[Tiling, float]:
     """Seconds of forward and backward of `ps.scan(cell, x, params)` for each tiling tried, fastest first; the fastest is remembered.
 
-    - `x` (B, T, G, C) on a CUDA device: its shape, dtype and values decide, as a cell that forgets slowly needs other chunks.
+    - `x` (B, T, G, C), or with channels in heads, on a CUDA device: its shape, dtype and values decide, as a cell that forgets slowly needs
+      other chunks. What a layer runs: `ps.tune(*layer.prepared(x))`.
     - `params` as in `ps.scan`; None: zeros.
     - `repeats`: timed runs of each tiling.
 
@@ -31,18 +32,19 @@ def tune(
     """
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         bad_value("repeats", repr(repeats), "an integer >= 1")
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        bad_value("x", x, "a tensor (B, T, G, C)")
+    if not isinstance(x, Tensor) or x.dim() not in (4, 5):
+        bad_value("x", x, "a tensor (B, T, G, C) or (B, T, G, H, C / H)")
+    shape = sizes(x)
     if params is None:
-        params = [x.new_zeros(shape) for shape in parameter_shapes(cell, x.shape[3])]
+        params = [x.new_zeros(s) for s in parameter_shapes(cell, shape[3])]
     given = check_arguments(cell, x, params, None, None)
     plan, found = plan_for(cell, x, as_seen(cell, given, compute_dtype(x.dtype)), AUTO)
     if plan.tiling is None or not x.is_cuda:
         raise BackendError(f"tune: no kernel runs here: {'; '.join(plan.reasons) or 'x is on the CPU'}.")
-    key = (found.digest, str(x.dtype), *x.shape)
+    key = (found.digest, str(x.dtype), *shape)
     before, seconds = tuned(x.device).get(str(key)), {}
     try:
-        for tiling in _candidates(plan.tiling, x.shape[1], x.shape[3], cell.width is not None):
+        for tiling in _candidates(plan.tiling, shape[1], shape[3], cell.width is not None):
             tuned(x.device)[str(key)] = tiling
             make_plan.cache_clear()
             seconds[tiling] = _time(cell, x, given, repeats)
