@@ -17,7 +17,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?"
 
 
-@pytest.mark.parametrize(("name", "least"), [("language-models.md", 6), ("parallelize.md", 4)])
+@pytest.mark.parametrize(("name", "least"), [("language-models.md", 6), ("parallelize.md", 4), ("iterations.md", 1)])
 def test_a_page_runs(name, least):
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) >= least

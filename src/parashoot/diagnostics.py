@@ -32,8 +32,8 @@ class Report:
     """What `verify` found; prints as a table, `to_dict()` gives the numbers.
 
     Errors are against the fp64 loop on the same numbers; `loop_*` are those of the plain loop in x's own dtype. `lyapunov` is the
-    largest Lyapunov exponent per step over channels or heads, estimated from the step Jacobians: below 0 the cell forgets, and
-    parallel solution is cheap; above 0 it is chaotic. NaN where it was not measured.
+    largest Lyapunov exponent per step over channels or heads, estimated from the step Jacobians: below 0 nearby states come together,
+    and parallel solution is cheap unless the cell latches; above 0 it is chaotic. NaN where it was not measured.
     """
 
     name: str
