@@ -4,8 +4,9 @@
     python benchmarks/enwik8.py final [--steps 5000] [--jobs 1]    # each model at its best rate of the sweep, then `parashoot eval`
     python benchmarks/enwik8.py table                              # prints the results as Markdown
 
-Needs data/enwik8 (`parashoot data data/enwik8 enwik8`). Runs lie in runs/enwik8; rows go to --out, and what has one there is not run again. `--jobs`
-runs share a GPU, so their own times say little: `benchmarks/lm_step.py` measures a step of the same models on a GPU of its own.
+Needs data/enwik8 (`parashoot data data/enwik8 enwik8`). Runs lie in runs/enwik8; rows go to --out, and what has one there is not run
+again. `--jobs` runs share a GPU, so their own times say little: `benchmarks/lm_step.py` measures a step of the same models on a GPU of
+its own.
 """
 
 from __future__ import annotations
@@ -98,7 +99,17 @@ def sweep(steps: int) -> list[Job]:
 
 
 def final(steps: int, rows: list[dict[str, Any]]) -> list[Job]:
+    """Each model at the best rate of the longest sweep. Exits where that is not complete: no model has more tries than another."""
     found = [r for r in rows if r["kind"] == "sweep" and not r["variant"]]
+    longest = max((r["steps"] for r in found), default=0)
+    found = [r for r in found if r["steps"] == longest]
+    missing = {(m, rate) for m, rates in RATES.items() for rate in rates} - {
+        (r["model"], r["learning_rate"]) for r in found
+    }
+    if missing:
+        raise SystemExit(
+            f"the sweep of {longest} steps lacks {sorted(missing)}: run it to the end with --steps {longest}"
+        )
     best = {r["model"]: r for r in sorted(found, key=lambda r: -r["validation_bits_per_byte"])}  # the last one stays
     return [Job(model, steps, row["learning_rate"], "final") for model, row in best.items()]
 

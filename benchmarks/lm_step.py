@@ -1,9 +1,10 @@
 """One training step of a language model, as `parashoot train` runs it, on random tokens: time, tokens a second, MFU, memory.
 
 A model is the name of a preset and changes to it: `400M`, `400M:lstm` (a cell, or else a mixer), `7B:cell=gru,num_heads=8`; or a recipe,
-`recipes/enwik8-paragru.json`. A shape is windows x tokens, over all processes together. MFU is 6 N tokens / (time x processes x 989 TFLOP/s), N the parameters without the
-input embedding, for the dense bf16 peak of an H100 or H200; what attention costs beyond its matrices is not counted. Times are medians
-over the steps after the first two, which compile and warm up ("ready"); memory is the peak of one process.
+`recipes/enwik8-paragru.json`. A shape is windows x tokens, over all processes together. MFU is 6 N tokens / (time x processes x
+989 TFLOP/s), N the parameters without the input embedding, for the dense bf16 peak of an H100 or H200; what attention costs beyond its
+matrices is not counted. Times are medians over the steps after the first two, which compile and warm up ("ready"); memory is the peak
+of one process.
 
     python benchmarks/lm_step.py --models 400M:gru 400M:lstm --shapes 16x2048 2x16384 --compile [--out lm-step.jsonl]
     torchrun --nproc-per-node 2 benchmarks/lm_step.py --models 7B --shapes 4x2048 --compile --checkpointed
@@ -37,7 +38,7 @@ from parashoot.lm.models import model_config
 from parashoot.lm.presets import preset
 from parashoot.lm.processes import Processes, processes
 from parashoot.lm.train_config import TrainConfig
-from parashoot.lm.update import Batch, Late, Training, between, mark, settle
+from parashoot.lm.update import Batch, Late, Training, between, mark
 
 PEAK = 989e12  # FLOP/s of an H100 or H200 in dense bf16
 WARM = 2
@@ -118,7 +119,6 @@ def measure(
         inner = count - (embedding.numel() if embedding is not training.model.get_output_embeddings().weight else 0)
         row |= {"precision": "bf16" if training.bf16 else "fp32", "parameters": count, "without_embedding": inner}
         timed(training, WARM)
-        settle()
         row["ready_s"] = time.perf_counter() - begun
         times = timed(training, options.steps)
         second = statistics.median(times)

@@ -23,3 +23,18 @@ settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiling(monkeypatch):
+    """A function that makes every plan with kernels use one tiling."""
+    from parashoot import plan
+
+    def use(chosen):
+        for choice in ("choose", "choose_heads"):
+            monkeypatch.setattr(plan, choice, lambda *_: (chosen, ("chosen by a test",)))
+        plan.make_plan.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    plan.make_plan.cache_clear()

@@ -5,7 +5,6 @@ import torch
 
 import parashoot as ps
 from oracle import by_loop, gradients, leaves, loop, random_problem, random_resets, relative
-from parashoot import plan
 from parashoot.op import encode
 from parashoot.tiling import Tiling
 from parashoot.triton.skeleton import PATIENCE
@@ -17,19 +16,6 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 GRU, LSTM = ps.cells.headgru, ps.cells.headlstm
 # One chunk; several, led in from far enough; more than rows of a warp, too short a lead, a length that nothing divides.
 ALONE, LED, CORRECTED = Tiling(16, 1, 2, 2, 1, 8, 1), Tiling(16, 1, 2, 2, 3, 12, 1), Tiling(16, 1, 2, 2, 5, 2, 1)
-
-
-@pytest.fixture
-def tiling(monkeypatch):
-    """A function that makes every plan of a headwise cell use one tiling."""
-
-    def use(chosen: Tiling) -> None:
-        monkeypatch.setattr(plan, "choose_heads", lambda *_: (chosen, ("chosen by a test",)))
-        plan.make_plan.cache_clear()
-
-    yield use
-    monkeypatch.undo()
-    plan.make_plan.cache_clear()
 
 
 CASES = [(GRU, ALONE), (GRU, LED), (GRU, CORRECTED), (LSTM, LED), (LSTM, CORRECTED), (GRU.with_width(5), LED)]

@@ -9,7 +9,6 @@ from torch._dynamo.testing import CompileCounter
 import parashoot as ps
 from fuzzer import SEEDS, Source
 from oracle import SHIPPED, by_loop, gradients, leaves, loop, loop_reversed, random_problem, random_resets, relative
-from parashoot import plan
 from parashoot.op import encode
 from parashoot.tiling import Tiling
 from parashoot.triton.skeleton import PATIENCE
@@ -22,19 +21,6 @@ KERNEL = ps.MultipleShooting(backend="triton")
 CHANNELWISE = {name: cell for name, cell in SHIPPED.items() if cell.structure == "channelwise"}
 # One chunk; several, led in from far enough; several and corrected; a length that nothing divides, channels that fill no tile.
 ALONE, LED, CORRECTED = Tiling(8, 1, 2, 2, 1), Tiling(8, 1, 4, 3, 3, 12, 2, 4), Tiling(8, 1, 2, 2, 5, 2, 4, 8)
-
-
-@pytest.fixture
-def tiling(monkeypatch):
-    """A function that makes every plan use one tiling."""
-
-    def use(chosen: Tiling) -> None:
-        monkeypatch.setattr(plan, "choose", lambda *_: (chosen, ("chosen by a test",)))
-        plan.make_plan.cache_clear()
-
-    yield use
-    monkeypatch.undo()
-    plan.make_plan.cache_clear()
 
 
 def moved(*values: Any) -> list[Any]:

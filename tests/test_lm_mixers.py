@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cmath
+import importlib.util
 import json
 import math
 import shutil
@@ -138,7 +139,8 @@ def need_kernels() -> None:
     """Skip without fla, and where its backward pass refuses to run: its issue 640, of Triton 3.4 to 3.7.0 on Hopper."""
     pytest.importorskip("fla")
     triton = tuple(int(n) for n in pytest.importorskip("triton").__version__.split(".")[:3])
-    if (3, 4, 0) <= triton < (3, 7, 1) and torch.cuda.get_device_capability()[0] == 9:
+    broken = (3, 4, 0) <= triton < (3, 7, 1) and torch.cuda.get_device_capability()[0] == 9
+    if broken and importlib.util.find_spec("tilelang") is None:
         pytest.skip("fla's gated delta rule has no backward pass with this Triton on Hopper")
 
 
@@ -184,7 +186,8 @@ def test_flash_attention_runs(weights):
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("documents", [False, True])
 def test_a_compiled_model_trains_on_a_gpu(name, documents):
-    need_kernels()
+    if name == "gated_delta":
+        need_kernels()
     ids, reset = tokens(2, 200).cuda(), torch.rand(2, 200).cuda() < 0.05 if documents else None
     found = []
     for compiled in (False, True):

@@ -382,6 +382,14 @@ def test_timing_leaves_no_trace(packed, monkeypatch):
     assert x.grad is None and all(p.grad is None for p in plain.parameters())
 
 
+def test_what_is_remembered_of_shapes_is_bounded(monkeypatch):
+    monkeypatch.setattr(MODULE, "SHAPES", 3)
+    parallel = ps.parallelize(nn.RNN(2, 2))
+    for time in range(1024, 1034):
+        parallel(torch.randn(time, 1, 2))
+    assert 0 < len(parallel.__dict__["_calls"]) <= 3
+
+
 @pytest.mark.parametrize("bias", [0.0, 2.0])
 def test_roundings_of_bfloat16_are_not_taken_for_memory(bias):
     """Within twice the plain module's error, by the same in fp64; and the passes do not grow from call to call."""

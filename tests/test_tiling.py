@@ -96,3 +96,5 @@ def test_the_plan_uses_what_tuning_found(folder):
     tiling._tuned.cache_clear()
     plan.make_plan.cache_clear()
     assert ps.explain(ps.cells.gru, x).plan.tiling == best
+    layer = ps.ParaGRU(256, 256, num_heads=2, device="cuda")
+    assert ps.tune(*layer.prepared(torch.randn(1, 512, 256, device="cuda")), repeats=1)

@@ -1,7 +1,8 @@
 """The canonical form of a traced elementwise step: straight-line scalar code, constants folded, subexpressions shared.
 
 A `Graph` says nothing about shapes: it is the computation of one channel at one step, or of one head whose channels meet in products
-with its matrices (`mix`, see heads.py). `torch` evaluates it on arrays of any broadcastable shapes; a kernel printer prints the same lines as expressions. Its text is what a digest is taken of.
+with its matrices (`mix`, see heads.py). `torch` evaluates it on arrays of any broadcastable shapes; a kernel printer prints the same
+lines as expressions. Its text is what a digest is taken of.
 """
 
 from __future__ import annotations

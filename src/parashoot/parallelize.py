@@ -22,6 +22,7 @@ from .solve.chunks import conjugate, cut
 _CALLS = {"GRU": _VF.gru, "LSTM": _VF.lstm, "RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu}
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 TIMED = 3  # call of a shape on which both ways are timed
+SHAPES = 256  # of which calls are counted
 ENOUGH = 512  # steps from which the time of a plain call is told
 _TF32 = 2e-4  # a state's rounding to ten bits in products is not below this
 
@@ -74,6 +75,12 @@ class _Parallel(nn.RNNBase):
     solver: Solver | None = None
     info: list[Record]
 
+    @property
+    def _asked(self) -> int | None:
+        """The chunk length asked for; None where a plan chooses."""
+        asked = self.solver.chunk_length if isinstance(self.solver, MultipleShooting) else "auto"
+        return None if isinstance(asked, str) else int(asked)
+
     @torch.compiler.disable()  # it breaks the graph of PyTorch's own recurrent modules too
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the module given to `ps.parallelize`: same arguments, shapes, results and errors."""
@@ -95,10 +102,8 @@ class _Parallel(nn.RNNBase):
 
     def _lengths(self, given: Any) -> tuple[int, ...] | None:
         """Steps of each sequence; None for what PyTorch has to run, or to refuse."""
-        solver = self.solver
-        if isinstance(solver, Sequential) or torch.jit.is_tracing():
+        if isinstance(self.solver, Sequential) or torch.jit.is_tracing():
             return None
-        auto = solver is None or solver.chunk_length == "auto"
         if isinstance(given, PackedSequence):
             data, longest = given.data, len(given.batch_sizes)
         elif isinstance(given, Tensor) and given.dim() in (2, 3):
@@ -106,7 +111,11 @@ class _Parallel(nn.RNNBase):
         else:
             return None
         kind = data.device.type
-        if longest < (SHORTEST if auto else 1) or kind not in MACHINES or data.shape[-1] != self.input_size:
+        if (
+            longest < (SHORTEST if self._asked is None else 1)
+            or kind not in MACHINES
+            or data.shape[-1] != self.input_size
+        ):
             return None
         capturing = kind == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing or (kind == "cpu" and torch.is_autocast_enabled("cpu")) or data.numel() == 0:
@@ -118,8 +127,8 @@ class _Parallel(nn.RNNBase):
     def _plan(self, given: Any, lengths: tuple[int, ...]) -> Sequence[Cut] | None:
         """What each layer and direction runs; None: the module's own way."""
         records = self.__dict__.setdefault("info", [Record() for _ in self.all_weights])
-        if isinstance(self.solver, MultipleShooting) and self.solver.chunk_length != "auto":
-            length = min(int(self.solver.chunk_length), max(lengths))
+        if self._asked is not None:
+            length = min(self._asked, max(lengths))
             return [fixed(length, r.horizon()) for r in records]
         x = given.data if isinstance(given, PackedSequence) else given
         training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
@@ -139,13 +148,14 @@ class _Parallel(nn.RNNBase):
     def _pays(self, given: Any, states: list[Tensor], lengths: tuple[int, ...], plan: Sequence[Cut]) -> bool:
         """Whether chunks are faster, in training forward and backward: timed on the `TIMED`-th call of a shape, when the plan has
         learned, and again after each rest; until then as the plan predicts."""
-        auto = self.solver is None or (isinstance(self.solver, MultipleShooting) and self.solver.chunk_length == "auto")
-        if not auto or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # type: ignore[attr-defined]
+        if self._asked is not None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # type: ignore[attr-defined]
             return True
         x = given.data if isinstance(given, PackedSequence) else given
         calls = self.__dict__.setdefault("_calls", Counter())
         key = (lengths if isinstance(given, PackedSequence) else x.shape, _autocast_dtype(x), torch.is_grad_enabled())
         calls[key] += 1
+        if len(calls) > SHAPES:
+            calls.clear()
         if calls[key] != TIMED:
             return True
         x = x.detach().requires_grad_(x.requires_grad)

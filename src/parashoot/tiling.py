@@ -106,10 +106,8 @@ def _chunks(width: int, unit: str, time: int, unroll: int, full: int, burn: int)
 
 
 _ROWS = 16  # the least that a matrix product takes, of columns too
-_HEAD_BURN = {
-    2: 48,
-    4: 64,
-}  # no Jacobian tells whether a lead was long enough, and a correction costs more than its quarter
+# No Jacobian tells whether a lead was long enough, and a correction costs more than a longer lead.
+_HEAD_BURN = {2: 48, 4: 64}
 MOST_ROWS = 128  # chunks of a sequence of heads, which a correction holds at once
 _HEAD_ROWS = 8 * _ROWS  # rows of a tile that a multiprocessor advances at once: some warps for each of its four parts
 

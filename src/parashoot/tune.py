@@ -12,9 +12,11 @@ from torch import Tensor
 from .cell import Cell, parameter_shapes, sizes
 from .errors import BackendError, bad_value
 from .op import as_seen
-from .plan import AUTO, compute_dtype, make_plan, plan_for
+from .plan import AUTO, compute_dtype, make_plan, no_kernel, plan_for, trace_for
 from .scan import check_arguments, scan
 from .tiling import MOST_ROWS, Tiling, remember, tuned
+
+KERNELS = replace(AUTO, backend="triton")
 
 
 def tune(
@@ -38,16 +40,20 @@ def tune(
     if params is None:
         params = [x.new_zeros(s) for s in parameter_shapes(cell, shape[3])]
     given = check_arguments(cell, x, params, None, None)
-    plan, found = plan_for(cell, x, as_seen(cell, given, compute_dtype(x.dtype)), AUTO)
-    if plan.tiling is None or not x.is_cuda:
-        raise BackendError(f"tune: no kernel runs here: {'; '.join(plan.reasons) or 'x is on the CPU'}.")
+    seen = as_seen(cell, given, compute_dtype(x.dtype))
+    found = trace_for(cell, x, seen)
+    obstacle = no_kernel(cell, x.dtype, x.device, KERNELS, found.foreign) if x.is_cuda else "x is on the CPU"
+    if obstacle is not None:
+        raise BackendError(f"tune: no kernel runs here: {obstacle}.")
+    tiling = plan_for(cell, x, seen, KERNELS)[0].tiling
+    assert tiling is not None
     key = (found.digest, str(x.dtype), *shape)
     before, seconds = tuned(x.device).get(str(key)), {}
     try:
-        for tiling in _candidates(plan.tiling, shape[1], shape[3], cell.width is not None):
-            tuned(x.device)[str(key)] = tiling
+        for candidate in _candidates(tiling, shape[1], shape[3], cell.width is not None):
+            tuned(x.device)[str(key)] = candidate
             make_plan.cache_clear()
-            seconds[tiling] = _time(cell, x, given, repeats)
+            seconds[candidate] = _time(cell, x, given, repeats)
     finally:
         tuned(x.device).pop(str(key), None)
         if before is not None:  # kept if a run failed
@@ -71,13 +77,13 @@ def _candidates(start: Tiling, time: int, channels: int, heads: bool) -> list[Ti
 
 def _time(cell: Cell, x: Tensor, params: list[Tensor], repeats: int) -> float:
     leaves = [v.detach().clone().requires_grad_() for v in (x, *params)]
-    grad = torch.randn_like(x[:, :, 0])
+    grad = torch.randn_like(x[:, :, 0]).flatten(2)
 
     def once() -> float:
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begun.record(torch.cuda.current_stream(x.device))
         with torch.enable_grad():
-            y, _ = scan(cell, leaves[0], tuple(leaves[1:]) or None)
+            y, _ = scan(cell, leaves[0], tuple(leaves[1:]) or None, solver=KERNELS)
         torch.autograd.grad(y, leaves, grad, allow_unused=True)
         ended.record(torch.cuda.current_stream(x.device))
         torch.cuda.synchronize(x.device)

@@ -20,7 +20,7 @@ from .interrupt import Interrupt
 from .log import LOG, TENSORBOARD, Log, cut_log
 from .processes import Processes, precision
 from .train_config import FREE, TrainConfig
-from .update import Batch, Late, Training, between, mark, settle
+from .update import Batch, Late, Training, between, mark
 from .watch import first_non_finite, last_non_finite_gradient, solver_statistics
 
 CURVE, REPORT = "loss.png", "report.json"
@@ -79,14 +79,11 @@ def train(
         on_start(run)
     log = Log(run.directory, run.step, config.steps, tensorboard=config.tensorboard, speaks=group.rank == 0)
     queued: list[Queued] = []
-    warm = run.step + 3  # by then everything is compiled
     with Interrupt() as interrupt, log:
         run.clock = mark(run.device)
         while run.step < config.steps and not run.interrupted:
             queued.append(_queue(run))
             run.step += 1
-            if run.step == warm:
-                settle()
             run.interrupted = group.any(interrupt.received)
             due = run.step % config.checkpoint_every == 0 or run.step == config.steps or run.interrupted
             while len(queued) > (0 if due else 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -51,12 +50,6 @@ class Late:
         if not isinstance(self.there, float):
             self.there.synchronize()
         return self._values.tolist()
-
-
-def settle() -> None:
-    """Keep all objects there are now, compilers' among them, out of later garbage collections, which would take as long as a step."""
-    gc.collect()
-    gc.freeze()
 
 
 @dataclass
