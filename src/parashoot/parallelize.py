@@ -309,8 +309,10 @@ class _Flat(torch.autograd.Function):
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
-    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x.dtype
+    halves = x.is_cuda and torch.backends.cudnn.enabled  # PyTorch casts to float16 for cuDNN, whatever autocast was given
+    return torch.float16 if halves else torch.get_autocast_dtype(x.device.type)
 
 
 def _tf32(x: Tensor) -> bool:

@@ -206,8 +206,6 @@ def no_kernel(
     asked = isinstance(solver, MultipleShooting) and solver.backend == "triton"
     if device.type == "cpu" and not (asked and os.environ.get("TRITON_INTERPRET") == "1"):
         return "tensors on the CPU need Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
-    if cell.width and not asked:
-        return "kernels for heads are new and run when asked for, with backend='triton'"
     return None if device.type in ("cuda", "cpu") else f"kernels run on CUDA devices, not on '{device.type}'"
 
 
