@@ -28,7 +28,7 @@ VARIANTS = (("fp32", 0), ("fp32", 3), ("tf32", 0), ("bf16", 0))
 LONG = ((8, 2048, 256), (8, 2048, 1024), (1, 16384, 512))
 SHORT = tuple((8, time, 256) for time in (16, 32, 64, 128, 256, 512))
 QUICK = ((2, 1024, 32), (1, 4096, 64), (1, 32, 64))
-LEARN, REPEATS = 6, 3
+LEARN, REPEATS = 8, 3
 
 
 def build(
@@ -102,15 +102,24 @@ def peak(run: Callable[[], None], device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def held(device: torch.device) -> int:
+    """Bytes of the GPU's memory that are not free for others."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
 def measure(
     kind: str, variant: tuple[str, float], shape: tuple[int, int, int], device: torch.device, train: bool, truth: bool
 ) -> dict:
     dtype, bias = variant
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     plain, x = build(kind, dtype, bias, shape, device)
-    parallel = ps.parallelize(plain)
+    parallel, reserved = ps.parallelize(plain), held(device)
     for _ in range(LEARN):
         results(parallel, x, train)
+    reserved = held(device) - reserved
     found, wanted = results(parallel, x, train), results(plain, x, train)
     outputs = 1 + (2 if kind == "lstm" else 1)
     error, gradient_error = off(found, wanted, outputs)
@@ -122,9 +131,9 @@ def measure(
         exact = results(plain.double(), x.double(), train)
         row |= {"fp64": off(found, exact, outputs), "plain_fp64": off(wanted, exact, outputs)}
         plain, x = build(kind, dtype, bias, shape, device)
-        records = parallel.info
         parallel = ps.parallelize(plain)
-        parallel.info = records
+        for _ in range(LEARN):
+            results(parallel, x, train)
     del found, wanted
     runs = {"plain": call(plain, x, train), "parallel": call(parallel, x, train)}
     row |= {f"{name}_mib": peak(run, device) for name, run in runs.items()}
@@ -140,6 +149,8 @@ def measure(
         "chunk_length": record.chunk_length,
         "passes": record.passes,
         "backward_passes": record.backward_passes,
+        "recorded": record.recorded,
+        "kept_mib": reserved / 2**20,
     }
 
 
@@ -173,13 +184,13 @@ def main() -> None:
         row = measure(kind, variant, shape, device, not options.forward, truth)
         bias = f" +{variant[1]}" if variant[1] else ""
         case = f"{kind} {variant[0]}{bias} {'x'.join(map(str, shape))}"
-        ways = f"chunks of {row['chunk_length']}, {row['passes']} + {row['backward_passes']} passes"
+        ways = f"chunks of {row['chunk_length']}, {row['passes']} + {row['backward_passes']} passes{' in graphs' * row['recorded']}"
         line = f"{case:28} {row['plain_ms']:9.2f} -> {row['parallel_ms']:8.2f} ms {row['speedup']:6.2f}x  "
-        line += f"{ways if row['chunk_length'] else 'plainly':32} error {row['error']:.1e} gradient {row['gradient_error']:.1e}"
+        line += f"{ways if row['chunk_length'] else 'plainly':42} error {row['error']:.1e} gradient {row['gradient_error']:.1e}"
         if truth:
             line += " | fp64: {:.1e} {:.1e}, plain {:.1e} {:.1e}".format(*row["fp64"], *row["plain_fp64"])
         if row["plain_mib"]:
-            line += f" | {row['plain_mib']:.0f} -> {row['parallel_mib']:.0f} MiB"
+            line += f" | {row['plain_mib']:.0f} -> {row['parallel_mib']:.0f} MiB, {row['kept_mib']:.0f} kept"
         print(line, flush=True)
         if options.out:
             with options.out.open("a") as file:

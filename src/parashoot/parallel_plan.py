@@ -33,6 +33,9 @@ _ON_CPU = {"GRU": (9e-6, 6e-5), "LSTM": (5e-7, 1e-6), "RNN_TANH": (3e-6, 1.8e-5)
 MACHINES = {
     "cpu": Machine(5e-4, _ON_CPU, 6e10, 6e10, 3e10, 4.5e10, False, 0.55),
     "cuda": Machine(1e-3, dict.fromkeys(GATES, (1.2e-5, 1.2e-5)), 2.5e13, 1e14, 2e14, 3e12, True, 0.8),
+    "graphs": Machine(
+        5e-5, dict.fromkeys(GATES, (6e-6, 6e-6)), 2.5e13, 1e14, 2e14, 3e12, True, 0.8
+    ),  # passes recorded in CUDA graphs
 }
 
 
@@ -69,20 +72,26 @@ _LENGTHS = tuple(n * 2**i for i in range(2, 13) for n in (4, 5, 6, 7))
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(shape: Shape, horizons: tuple[tuple[int, int], ...]) -> tuple[Cut, ...] | None:
-    """The cut of each layer and direction, given the steps in which it forgets (forward, backward); None: run plainly."""
+def choose(shape: Shape, horizons: tuple[tuple[int, int], ...], recorded: bool = False) -> tuple[Cut, ...] | None:
+    """The cut of each layer and direction, given the steps in which it forgets (forward, backward); None: run plainly.
+
+    `recorded`: for passes in CUDA graphs, with some room for cells that come to remember longer.
+    """
+    if recorded:
+        horizons = tuple((math.ceil(1.2 * ahead), math.ceil(1.2 * back)) for ahead, back in horizons)
     lengths = sorted({_even(n, shape.time) for n in _LENGTHS if 2 * n <= shape.time})
     if not lengths:
         return None
     machine, found, seconds, plain = MACHINES[shape.device], [], 0.0, 0.0
+    chunked = MACHINES["graphs"] if recorded else machine
     for k, horizon in enumerate(horizons):
-        costs = {n: _cost(shape, k, fixed(n, horizon)) for n in lengths}
+        costs = {n: _cost(shape, k, fixed(n, horizon), chunked) for n in lengths}
         best = min(costs, key=costs.__getitem__)
         seconds += costs[best]
-        plain += _cost(shape, k, Cut(shape.time, 0, (1, 1), 0.0))
+        plain += _cost(shape, k, Cut(shape.time, 0, (1, 1), 0.0), machine)
         if machine.overlaps and k:
             plain -= shape.time * sum(machine.step[shape.mode][: 1 + shape.training])
-        affordable = _pass(shape, k, shape.time, 0) / _pass(shape, k, best, 0)
+        affordable = _pass(shape, k, shape.time, 0, machine) / _pass(shape, k, best, 0, machine)
         found.append(fixed(best, horizon)._replace(affordable=affordable))
     return tuple(found) if seconds < machine.gain * plain else None
 
@@ -100,19 +109,18 @@ def _even(length: int, time: int) -> int:
     return next((n for n in range(length, length + length // 4 + 1) if time % n == 0), length)
 
 
-def _cost(shape: Shape, k: int, cut: Cut) -> float:
+def _cost(shape: Shape, k: int, cut: Cut, machine: Machine) -> float:
     """Seconds of layer and direction k: passes forward, and in training backward and for the weights (half a pass)."""
-    forward, backward = (_pass(shape, k, cut.length, way) for way in (0, 1))
+    forward, backward = (_pass(shape, k, cut.length, way, machine) for way in (0, 1))
     guess = cut.lead / cut.length if shape.time % cut.length == 0 else 1.0
     passes = [1 if n == 1 else n - 1 + guess for n in cut.passes]
     return passes[0] * forward + (passes[1] + 0.5) * backward * shape.training
 
 
-def _pass(shape: Shape, k: int, length: int, way: int) -> float:
+def _pass(shape: Shape, k: int, length: int, way: int, machine: Machine) -> float:
     """Seconds of a pass forward (0) or backward (1) over chunks of that length."""
-    machine, gates = MACHINES[shape.device], GATES[shape.mode] * shape.hidden_size
-    state = shape.proj_size or shape.hidden_size
-    inputs = shape.input_size if k < shape.directions else state * shape.directions
+    gates, state = GATES[shape.mode] * shape.hidden_size, shape.proj_size or shape.hidden_size
+    inputs = _inputs(shape, k)
     rate = machine.tf32 if shape.tf32 else machine.half if shape.dtype.itemsize == 2 else machine.rate
     rate *= shape.threads / (2 if shape.dtype.itemsize == 8 else 1)
     rows = max(shape.total / length, shape.total / shape.time)
@@ -121,3 +129,18 @@ def _pass(shape: Shape, k: int, length: int, way: int) -> float:
     if length < shape.time:
         seconds = machine.start + seconds * (_UNEVEN if shape.time % length else 1)
     return seconds
+
+
+def kept(shape: Shape) -> int:
+    """Bytes, about, that a recording of all layers keeps: inputs, gates, states and what is made of them."""
+    state = shape.proj_size or shape.hidden_size
+    numbers = sum(
+        _inputs(shape, k) + GATES[shape.mode] * shape.hidden_size + 4 * state
+        for k in range(shape.num_layers * shape.directions)
+    )
+    return shape.total * numbers * shape.dtype.itemsize
+
+
+def _inputs(shape: Shape, k: int) -> int:
+    """Channels that layer and direction k reads."""
+    return shape.input_size if k < shape.directions else (shape.proj_size or shape.hidden_size) * shape.directions

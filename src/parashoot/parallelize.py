@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, overload
 
@@ -14,17 +14,30 @@ from torch import _VF, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .errors import bad_type, bad_value
-from .parallel_plan import MACHINES, SHORTEST, Cut, Shape, choose, fixed
+from .parallel_plan import MACHINES, SHORTEST, Cut, Shape, choose, fixed, kept
 from .plan import MultipleShooting, Sequential, Solver, check_solver
 from .solve.black_box import Record, Task, solve
 from .solve.chunks import conjugate, cut
+from .solve.recorded import Recorded, Recordings
 
 _CALLS = {"GRU": _VF.gru, "LSTM": _VF.lstm, "RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu}
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 TIMED = 3  # call of a shape on which both ways are timed
 SHAPES = 256  # of which calls are counted
 ENOUGH = 512  # steps from which the time of a plain call is told
+RECORDED = 4  # shapes whose passes a module keeps as CUDA graphs
 _TF32 = 2e-4  # a state's rounding to ten bits in products is not below this
+
+Course = tuple[Sequence[Cut], list[Recorded | None] | None]  # for each layer and direction
+
+
+@dataclass
+class Calls:
+    """Of a shape: how many there were, how often a recording of them did not settle, whether both ways were timed."""
+
+    count: int = 0
+    failures: int = 0
+    timed: bool = False
 
 
 @overload
@@ -85,20 +98,13 @@ class _Parallel(nn.RNNBase):
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the module given to `ps.parallelize`: same arguments, shapes, results and errors."""
         lengths = self._lengths(input)
-        plan = None if lengths is None else self._plan(input, lengths)
-        states = None if plan is None else self._states(input, hx)
-        if (
-            lengths is not None
-            and plan is not None
-            and states is not None
-            and not self._pays(input, states, lengths, plan)
-        ):
-            plan = None
-        if lengths is None or plan is None or states is None:
-            for record in self.__dict__.get("info", ()):
-                record.plainly()
-            return super().forward(input, hx)  # type: ignore[call-arg]
-        return self._over_chunks(input, states, lengths, plan)
+        course = None if lengths is None else self._course(input, lengths)
+        states = None if course is None else self._states(input, hx)
+        if lengths and course and states is not None and self._pays(input, states, lengths, course):
+            return self._over_chunks(input, states, lengths, course)
+        for record in self.__dict__.get("info", ()):
+            record.plainly()
+        return super().forward(input, hx)  # type: ignore[call-arg]
 
     def _lengths(self, given: Any) -> tuple[int, ...] | None:
         """Steps of each sequence; None for what PyTorch has to run, or to refuse."""
@@ -124,51 +130,76 @@ class _Parallel(nn.RNNBase):
             return tuple(conjugate(given.batch_sizes).tolist())
         return (longest,) * (1 if given.dim() == 2 else given.shape[0 if self.batch_first else 1])
 
-    def _plan(self, given: Any, lengths: tuple[int, ...]) -> Sequence[Cut] | None:
-        """What each layer and direction runs; None: the module's own way."""
+    def _course(self, given: Any, lengths: tuple[int, ...]) -> Course | None:
+        """What each layer and direction runs, and recordings of it; None: the module's own way."""
         records = self.__dict__.setdefault("info", [Record() for _ in self.all_weights])
         if self._asked is not None:
             length = min(self._asked, max(lengths))
-            return [fixed(length, r.horizon()) for r in records]
+            return [fixed(length, r.horizon()) for r in records], None
+        key, recordings = self._key(given, lengths), self.__dict__.setdefault("_recordings", Recordings())
+        calls, intercepted = self.__dict__.setdefault("_calls", {}), _intercepted()
+        if key in recordings and not intercepted:
+            if all(r is None or r.usable for r in recordings[key][1]):
+                return recordings[key]
+            del recordings[key]
+            failures = calls[key].failures + 1
+            calls[key] = Calls(TIMED - 2 ** min(failures, 10), failures)
+        resting = [r.rested(max(lengths)) for r in records]
+        if any(resting):
+            return None
+        calls.setdefault(key, Calls()).count += 1
+        if len(calls) > SHAPES:
+            del calls[next(iter(calls))]
+        shape, (_, _, device, *_) = self._shape(given, lengths), key
+        horizons = tuple(r.horizon() for r in records)
+        may = calls[key].count <= TIMED and not isinstance(given, PackedSequence) and not intercepted
+        recorded = choose(shape, horizons, True) if may and _room(device) >= kept(shape) else None
+        if recorded is not None and calls[key].count == TIMED:
+            return recordings.add(key, recorded, RECORDED)
+        plan = choose(shape, horizons)
+        if plan is None and recorded is None and choose(shape, (Record().horizon(),) * len(records)) is not None:
+            for r in records:
+                r.give_up()
+        return None if plan is None else (plan, None)
+
+    def _key(self, given: Any, lengths: tuple[int, ...]) -> tuple:
+        """What calls have in common that are timed once and may share a recording."""
+        x = given.data if isinstance(given, PackedSequence) else given
+        size = lengths if isinstance(given, PackedSequence) else x.shape
+        return size, x.dtype, x.device, x.requires_grad, _autocast_dtype(x), _tf32(x), torch.is_grad_enabled()
+
+    def _shape(self, given: Any, lengths: tuple[int, ...]) -> Shape:
         x = given.data if isinstance(given, PackedSequence) else given
         training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        shape = Shape(
+        return Shape(
             self.mode, self.input_size, self.hidden_size, self.proj_size, self.num_layers, 1 + self.bidirectional,
             max(lengths), sum(lengths), _autocast_dtype(x), x.device.type,
             1 if x.is_cuda else torch.get_num_threads(), _tf32(x), training,
         )  # fmt: skip
-        plan, resting = None, [r.rested(max(lengths)) for r in records]
-        if not any(resting):
-            plan = choose(shape, tuple(r.horizon() for r in records))
-            if plan is None and choose(shape, (Record().horizon(),) * len(records)) is not None:
-                for r in records:
-                    r.give_up()
-        return plan
 
-    def _pays(self, given: Any, states: list[Tensor], lengths: tuple[int, ...], plan: Sequence[Cut]) -> bool:
+    def _pays(self, given: Any, states: list[Tensor], lengths: tuple[int, ...], course: Course) -> bool:
         """Whether chunks are faster, in training forward and backward: timed on the `TIMED`-th call of a shape, when the plan has
         learned, and again after each rest; until then as the plan predicts."""
-        if self._asked is not None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # type: ignore[attr-defined]
+        if self._asked is not None or _intercepted():
+            return True
+        key = self._key(given, lengths)
+        calls = self.__dict__["_calls"].get(key)
+        if calls is None or calls.count != TIMED or calls.timed:
             return True
         x = given.data if isinstance(given, PackedSequence) else given
-        calls = self.__dict__.setdefault("_calls", Counter())
-        key = (lengths if isinstance(given, PackedSequence) else x.shape, _autocast_dtype(x), torch.is_grad_enabled())
-        calls[key] += 1
-        if len(calls) > SHAPES:
-            calls.clear()
-        if calls[key] != TIMED:
-            return True
         x = x.detach().requires_grad_(x.requires_grad)
         whole, steps, scale = x, max(lengths), 1.0
         if isinstance(given, PackedSequence):
             x = whole = given._replace(data=x)
         elif steps > ENOUGH:
             x, scale = x.narrow(int(self.batch_first and x.dim() == 3), 0, ENOUGH), steps / ENOUGH
-        states = [v.detach() for v in states]
-        chunked = self._seconds(lambda: self._over_chunks(whole, states, lengths, plan)[0], whole)
+        states = [v.detach().requires_grad_(v.requires_grad) for v in states]
+        chunked = self._seconds(lambda: self._over_chunks(whole, states, lengths, course)[0], whole)
+        calls.timed = True
         if chunked <= scale * self._seconds(lambda: super(_Parallel, self).forward(x)[0], x):  # type: ignore[call-arg]
             return True
-        calls[key] = 0
+        self.__dict__["_calls"][key] = Calls()
+        self.__dict__["_recordings"].pop(key, None)
         for record in self.info:
             record.give_up()
         return False
@@ -209,7 +240,7 @@ class _Parallel(nn.RNNBase):
             found = [v.index_select(1, given.sorted_indices) for v in found]
         return found
 
-    def _over_chunks(self, given: Any, states: list[Tensor], lengths: tuple[int, ...], plan: Sequence[Cut]) -> Any:
+    def _over_chunks(self, given: Any, states: list[Tensor], lengths: tuple[int, ...], course: Course) -> Any:
         packed = isinstance(given, PackedSequence)
         data = given.data if packed else given
         x = data if data.dim() == 2 else data.flatten(0, 1)
@@ -220,7 +251,7 @@ class _Parallel(nn.RNNBase):
         for layer in range(self.num_layers):
             ys = []
             for k in range(layer * ways, (layer + 1) * ways):
-                y, final = self._layer(k, x, [v[k] for v in states], lengths, plan[k], time_major)
+                y, final = self._layer(k, x, [v[k] for v in states], lengths, course, time_major)
                 ys.append(y)
                 finals.append(final)
             x = torch.cat(ys, 1) if self.bidirectional else ys[0]
@@ -237,25 +268,36 @@ class _Parallel(nn.RNNBase):
         return out, tuple(last) if self.mode == "LSTM" else last[0]
 
     def _layer(
-        self, k: int, x: Tensor, initial: Sequence[Tensor], lengths: tuple[int, ...], plan: Cut, time_major: bool
+        self, k: int, x: Tensor, initial: Sequence[Tensor], lengths: tuple[int, ...], course: Course, time_major: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """Layer and direction k: x (N, D), initial states (B, H) -> y (N, H), final states."""
+        plan, recordings = course
+        reverse = self.bidirectional and k % 2 == 1
+        sequences = partial(cut, lengths, time_major=time_major, reverse=reverse, device=x.device)
+        given = self.solver if isinstance(self.solver, MultipleShooting) else MultipleShooting()
+        tol = given.tol if given.tol is not None else _TF32 if _tf32(x) else _TOLERANCE[x.dtype]
+        length, lead, passes, affordable = plan[k]
+        task = Task(
+            partial(_shoot, self.mode, self.bias), sequences(length), partial(sequences, max(lengths)), tol, lead, passes, affordable,
+            given.max_iters, self.info[k],
+        )  # fmt: skip
+        weights = partial(self._weights, k)
+        if recordings is not None:
+            recorded = recordings[k] = recordings[k] or Recorded(task, x, initial, weights, self.all_weights[k])
+            found = recorded.run(x, initial, self.all_weights[k])
+            if found is not None:
+                return found
+        return solve(task, x, initial, weights(x))
+
+    def _weights(self, k: int, x: Tensor) -> list[Tensor]:
+        """Those of layer and direction k as cuDNN wants them for inputs like x."""
         weights = [w.to(x.dtype) for w in self.all_weights[k]]
         if x.is_cuda and torch.backends.cudnn.enabled and torch._use_cudnn_rnn_flatten_weight():
             own = weights[0] is self.all_weights[k][0] and torch.backends.cudnn.is_acceptable(x)  # not bfloat16
             if not own or len(self.info) > 1:  # else `flatten_parameters` has put them in one piece
                 sizes = (len(weights), x.shape[1], self.mode, self.hidden_size, self.proj_size)
                 weights = _Flat.apply(sizes, *weights)  # type: ignore[misc]
-        reverse = self.bidirectional and k % 2 == 1
-        sequences = partial(cut, lengths, time_major=time_major, reverse=reverse, device=x.device)
-        given = self.solver if isinstance(self.solver, MultipleShooting) else MultipleShooting()
-        tol = given.tol if given.tol is not None else _TF32 if _tf32(x) else _TOLERANCE[x.dtype]
-        shoot = partial(_shoot, self.mode, self.bias)
-        whole = partial(sequences, max(lengths))
-        task = Task(
-            shoot, sequences(plan.length), whole, tol, plan.lead, plan.passes, plan.affordable, given.max_iters, self.info[k]
-        )  # fmt: skip
-        return solve(task, x, initial, weights)
+        return list(weights)
 
 
 class ParallelGRU(_Parallel, nn.GRU):
@@ -308,10 +350,22 @@ class _Flat(torch.autograd.Function):
         return None, *grads
 
 
+def _intercepted() -> bool:
+    """Whether somebody takes what autograd saves (checkpointing, offloading): then nothing may be kept beside it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that a recording may keep."""
+    return torch.cuda.get_device_properties(device).total_memory // 64 if device.type == "cuda" else 0
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype:
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x.dtype
-    halves = x.is_cuda and torch.backends.cudnn.enabled  # PyTorch casts to float16 for cuDNN, whatever autocast was given
+    halves = (
+        x.is_cuda and torch.backends.cudnn.enabled
+    )  # PyTorch casts to float16 for cuDNN, whatever autocast was given
     return torch.float16 if halves else torch.get_autocast_dtype(x.device.type)
 
 

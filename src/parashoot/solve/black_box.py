@@ -26,13 +26,14 @@ Shoot = Callable[[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor]], tu
 class Record:
     """How a recurrence was solved last, and how many steps it takes to forget: what a plan for the next call is made from.
 
-    `passes` and `backward_passes` over the chunks, the last `defect`; `chunk_length` 0 where it ran plainly.
+    `passes` and `backward_passes` over the chunks, the last `defect`; `chunk_length` 0 where it ran plainly; `recorded`: as CUDA graphs.
     """
 
     chunk_length: int = 0
     passes: int = 1
     backward_passes: int = 1
     defect: float = 0.0
+    recorded: bool = False
     horizons: list[float] = field(default_factory=lambda: [32.0, 32.0])  # steps to forget: forward, backward
     least: list[float] = field(
         default_factory=lambda: [0.0, 0.0]
@@ -54,7 +55,7 @@ class Record:
 
     def plainly(self) -> None:
         """It ran as one chunk a sequence."""
-        self.chunk_length, self.passes, self.backward_passes, self.defect = 0, 1, 1, 0.0
+        self.chunk_length, self.passes, self.backward_passes, self.defect, self.recorded = 0, 1, 1, 0.0, False
 
     def give_up(self) -> None:
         """Chunks did not pay: leave them for a while, each time for longer."""
@@ -98,6 +99,12 @@ class Task:
         """Passes after which no chunk can be wrong: each makes one more right, but for a guess."""
         return chunks.count + (self.guess(chunks) < chunks.length)
 
+    @property
+    def planned(self) -> int:
+        """Forward passes made before looking."""
+        exact = self.exact(self.chunks)
+        return min(self.passes[0], exact, self.limit or exact)
+
 
 class Run(NamedTuple):
     """A pass over all chunks: its inputs, as leaves of a graph where gradients are on, and what came: outputs up to the states
@@ -119,10 +126,11 @@ def solve(task: Task, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Te
     if torch.is_grad_enabled() and any(v.requires_grad for v in (x, *initial, *weights)):
         y, *final = _Solve.apply(task, len(initial), x, *initial, *weights)  # type: ignore[misc]
         return y, final
-    return _outcome(*forward(task, x, initial, weights, None))
+    return outcome(*forward(task, x, initial, weights, None))
 
 
-def _outcome(chunks: Chunks, run: Run) -> tuple[Tensor, list[Tensor]]:
+def outcome(chunks: Chunks, run: Run) -> tuple[Tensor, list[Tensor]]:
+    """Outputs in the caller's order of steps, final states."""
     y = torch.cat([v.detach() for v in run.ys]) if len(run.ys) > 1 else run.ys[0].detach()
     return y.index_select(0, chunks.inverse), [e.detach().index_select(0, chunks.last) for e in run.ends]
 
@@ -137,7 +145,7 @@ class _Solve(torch.autograd.Function):
         chunks, run = forward(task, x, tensors[:states], tensors[states:], needed if keep else None)
         ctx.task, ctx.chunks, ctx.states = task, chunks, states
         ctx.starts, ctx.run = [v.detach() for v in run.starts], run if keep else None
-        y, final = _outcome(chunks, run)
+        y, final = outcome(chunks, run)
         return y, *final
 
     @staticmethod
@@ -150,13 +158,16 @@ class _Solve(torch.autograd.Function):
                 dy.detach(), [v.detach() for v in d_final], ctx.needs_input_grad[2:],
             )  # fmt: skip
         if torch.is_grad_enabled():
-            grads = _Once.apply(len(grads), *grads, dy, *d_final, *saved)  # type: ignore[misc]
+            grads = once(grads, dy, *d_final, *saved)
         return None, None, *grads
 
 
-class _Once(torch.autograd.Function):
+def once(grads: Sequence[Tensor | None], *made_from: Tensor) -> Sequence[Tensor | None]:
     """Gradients as they are, which refuse to be differentiated."""
+    return _Once.apply(len(grads), *grads, *made_from)  # type: ignore[misc]
 
+
+class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, count: int, *tensors: Tensor | None):  # type: ignore[override]
         return tuple(v if v is None else v.clone() for v in tensors[:count])
@@ -190,31 +201,57 @@ def launch(
         return Run(x, starts, weights, [first, second], middle, ends)
 
 
+class Course(NamedTuple):
+    """The passes that were planned: the last `run` and the states it started from, how far starts moved in the first pass (None: there
+    was no other) and after the last."""
+
+    run: Run
+    starts: Sequence[Tensor]
+    begun: Tensor | None
+    moved: Tensor
+
+
+def course(
+    task: Task, inner: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], needed: Sequence[bool] | None
+) -> Course:
+    """The planned passes over the task's chunks, steps `inner` in chunked order, without waiting for the device."""
+    chunks, lead, begun = task.chunks, task.guess(task.chunks), None
+    starts = chunks.hand_on([v.new_zeros(chunks.rows, v.shape[1]) for v in initial], initial)
+    for k in range(1, task.planned):
+        part = inner[(chunks.length - lead) * chunks.rows :] if k == 1 else inner
+        after = chunks.hand_on(launch(task, chunks, part, starts, weights, None).ends, initial)
+        begun = _moved(after, starts).max() if begun is None else begun
+        starts = after
+    run = launch(task, chunks, inner, starts, weights, needed)
+    return Course(run, starts, begun, _moved(chunks.hand_on([e.detach() for e in run.ends], initial), starts).max())
+
+
+def judge(task: Task, begun: Tensor | None, moved: Tensor, dtype: torch.dtype) -> tuple[bool, float, float]:
+    """Whether the planned passes sufficed, contraction of a pass, steps in which the recurrence forgets. Waits for the device."""
+    chunks, record, planned = task.chunks, task.record, task.planned
+    record.chunk_length, record.passes, record.defect, record.recorded = chunks.length, planned, 0.0, False
+    if chunks.count == 1:
+        return True, 0.0, 0.0
+    steps = task.guess(chunks) + (planned - 2) * chunks.length
+    rate, horizon, record.defect = _read(begun, moved, steps, planned, task.tol)
+    record.learn(0, horizon, not record.defect <= max(task.tol / 2, _noise(dtype)))
+    done = planned == task.exact(chunks) or _settled(record.defect, rate, task.tol, dtype)
+    if done:
+        record.wait = 32
+    return done, rate, horizon
+
+
 def forward(
     task: Task, x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], needed: Sequence[bool] | None
 ) -> tuple[Chunks, Run]:
     """Iterate on the chunks' starts; the run from the last of them, and the chunks it was over."""
     chunks, record, tol = task.chunks, task.record, task.tol
     inner = x.index_select(0, chunks.order)
-    starts = chunks.hand_on([v.new_zeros(chunks.rows, v.shape[1]) for v in initial], initial)
-    lead, exact = task.guess(chunks), task.exact(chunks)
-    planned = min(task.passes[0], exact, task.limit or exact)
-    record.chunk_length, record.passes, record.defect = chunks.length, planned, 0.0
-    begun = None
-    for k in range(1, planned):
-        part = inner[(chunks.length - lead) * chunks.rows :] if k == 1 else inner
-        after = chunks.hand_on(launch(task, chunks, part, starts, weights, None).ends, initial)
-        begun = _moved(after, starts).max() if begun is None else begun
-        starts = after
-    run = launch(task, chunks, inner, starts, weights, needed)
-    if chunks.count == 1:
+    run, starts, begun, moved = course(task, inner, initial, weights, needed)
+    done, rate, horizon = judge(task, begun, moved, x.dtype)
+    if done:
         return chunks, run
-    moved = _moved(chunks.hand_on([e.detach() for e in run.ends], initial), starts).max()
-    rate, horizon, record.defect = _read(begun, moved, lead + (planned - 2) * chunks.length, planned, tol)
-    record.learn(0, horizon, not record.defect <= max(tol / 2, _noise(x.dtype)))
-    if planned == exact or _settled(record.defect, rate, tol, x.dtype):
-        record.wait = 32
-        return chunks, run
+    planned = record.passes
     if _further(horizon, chunks.length, planned) + 1 > task.affordable:
         chunks, starts = _whole(task, initial, record.defect)
         return chunks, launch(task, chunks, x.index_select(0, chunks.order), starts, weights, needed)
@@ -254,6 +291,44 @@ def _whole(task: Task, initial: Sequence[Tensor], defect: float) -> tuple[Chunks
     return whole, whole.hand_on([v.new_empty(whole.rows, v.shape[1]) for v in initial], initial)
 
 
+class Return(NamedTuple):
+    """What came back through some passes: gradients by chunk ends `after` the last and `before` it, by starts, and by what else the last
+    one was asked for."""
+
+    after: Sequence[Tensor]
+    before: Sequence[Tensor]
+    by_starts: Sequence[Tensor]
+    by_leaves: Sequence[Tensor]
+
+
+def back(
+    task: Task, chunks: Chunks, run: Run, dy: Tensor, d_final: Sequence[Tensor], across: Sequence[Tensor] | None, passes: int
+) -> Return:  # fmt: skip
+    """Backward passes from gradients dy in chunked order and `across` chunk ends (None: a guess), without waiting for the device."""
+    leaves = [v for v in (run.x, *run.weights) if v.requires_grad]
+    inner = dy.split([len(y) for y in run.ys])
+    after = before = across or chunks.hand_back([torch.zeros_like(v) for v in run.starts], d_final)
+    grads: Sequence[Tensor] = ()
+    for left in reversed(range(passes)):
+        before, wanted = after, [*run.starts, *(() if left else leaves)]
+        outputs, by_outputs = (*run.ys, *run.ends), (*inner, *before)
+        if len(run.ys) > 1 and left == passes - 1 > 0 and across is None:
+            outputs, by_outputs = (run.ys[0], *run.middle), (inner[0], *map(torch.zeros_like, before))
+        grads = torch.autograd.grad(outputs, wanted, by_outputs, retain_graph=left > 0)
+        after = chunks.hand_back(grads[: len(run.starts)], d_final)
+    return Return(after, before, grads[: len(run.starts)], grads[len(run.starts) :])
+
+
+def judge_back(task: Task, chunks: Chunks, came: Return, done: int, dtype: torch.dtype) -> tuple[bool, float, float]:
+    """Whether `done` backward passes sufficed, steps in which gradients are forgotten, the defect. Waits for the device."""
+    if done >= task.exact(chunks):
+        return True, 0.0, 0.0
+    steps = task.guess(chunks) + (done - 2) * chunks.length
+    rate, horizon, defect = _read(None, _relative(came.after, came.before), steps, done, task.tol)
+    task.record.learn(1, horizon, not defect <= max(task.tol / 2, _noise(dtype)))
+    return _settled(defect, rate, task.tol, dtype), horizon, defect
+
+
 def backward(
     task: Task,
     chunks: Chunks,
@@ -270,38 +345,30 @@ def backward(
 
     `run` is the graph of the last forward pass, which this uses up; None: it is made again from `starts`.
     """
-    record, done, across = task.record, 0, None
-    passes = min(task.passes[1], task.exact(chunks))
+    done, across, passes = 0, None, min(task.passes[1], task.exact(chunks))
     while True:
         run = run or launch(task, chunks, x.index_select(0, chunks.order), starts, weights, needed)
-        leaves = [v for v in (run.x, *run.weights) if v.requires_grad]
-        inner = dy.index_select(0, chunks.order).split([len(y) for y in run.ys])
-        after = before = across or chunks.hand_back([torch.zeros_like(v) for v in starts], d_final)
-        for left in reversed(range(passes)):
-            before, wanted = after, [*run.starts, *(() if left else leaves)]
-            outputs, by_outputs = (*run.ys, *run.ends), (*inner, *before)
-            if len(run.ys) > 1 and left == passes - 1 > 0 == done:
-                outputs, by_outputs = (run.ys[0], *run.middle), (inner[0], *map(torch.zeros_like, before))
-            grads = torch.autograd.grad(outputs, wanted, by_outputs, retain_graph=left > 0)
-            by_starts, by_leaves = grads[: len(starts)], iter(grads[len(starts) :])
-            after = chunks.hand_back(by_starts, d_final)
+        came = back(task, chunks, run, dy.index_select(0, chunks.order), d_final, across, passes)
         done += passes
-        if done >= task.exact(chunks):
+        settled, horizon, defect = judge_back(task, chunks, came, done, x.dtype)
+        if settled:
             break
-        steps = task.guess(chunks) + (done - 2) * chunks.length
-        rate, horizon, defect = _read(None, _relative(after, before), steps, done, task.tol)
-        record.learn(1, horizon, not defect <= max(task.tol / 2, _noise(x.dtype)))
-        if _settled(defect, rate, task.tol, x.dtype):
-            break
-        further, run, across = _further(horizon, chunks.length, done), None, after
+        further, run, across = _further(horizon, chunks.length, done), None, came.after
         passes = int(min(further, task.exact(chunks) - done))
         if further > task.affordable:
             chunks, starts = _whole(task, initial, defect)
             passes, done, across = 1, 0, None
-    record.backward_passes = done
+    task.record.backward_passes = done
+    return gradients(chunks, came, needed)
+
+
+def gradients(chunks: Chunks, came: Return, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Those that came back, in the caller's order of steps: by (x, initial states, weights), None where not `needed`."""
+    states, by_leaves = len(came.by_starts), iter(came.by_leaves)
     d_x = next(by_leaves).index_select(0, chunks.inverse) if needed[0] else None
-    d_initial = [g.index_select(0, chunks.first) if n else None for g, n in zip(by_starts, needed[1:], strict=False)]
-    return [d_x, *d_initial, *(next(by_leaves) if n else None for n in needed[1 + len(starts) :])]
+    wanted = zip(came.by_starts, needed[1:], strict=False)
+    d_initial = [g.index_select(0, chunks.first) if n else None for g, n in wanted]
+    return [d_x, *d_initial, *(next(by_leaves) if n else None for n in needed[1 + states :])]
 
 
 def _moved(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
