@@ -139,9 +139,8 @@ def measure(
     row |= {f"{name}_mib": peak(run, device) for name, run in runs.items()}
     once = clock(runs["plain"], device, 1)
     times = max(1, min(50, int(20 / once)))
-    rounds = [
-        {name: clock(run, device, times) for name, run in runs.items()} for _ in range(REPEATS if once < 200 else 2)
-    ]
+    repeats = 2 if once > 200 else REPEATS if once > 10 else 5 * REPEATS
+    rounds = [{name: clock(run, device, times) for name, run in runs.items()} for _ in range(repeats)]
     row |= {f"{name}_ms": statistics.median(r[name] for r in rounds) for name in runs}
     row["speedup"] = row["plain_ms"] / row["parallel_ms"]
     (record,) = parallel.info

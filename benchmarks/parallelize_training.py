@@ -6,6 +6,7 @@
   every step's output has to tell all three. What is remembered lasts for hundreds of steps.
 
 Both ways start from the same weights and see the same batches; they differ by rounding, which training amplifies: compare over seeds.
+After each epoch the parallelized module's outputs and gradients are compared with those of the plain one that has the same weights.
 
     python benchmarks/parallelize_training.py [--tasks mackey flipflop] [--seeds 3] [--epochs 6 --batches 16] [--device cpu --quick] [--out FILE]
 """
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from parallelize import off, results
 from torch import Tensor, nn
 
 import parashoot as ps
@@ -67,11 +69,13 @@ def train(task: str, way: str, seed: int, options: argparse.Namespace, data: lis
     """One row an epoch, with the accuracy over the last batches, which are not trained on."""
     torch.manual_seed(seed)
     _, inputs, outputs = TASKS[task]
-    rnn = KINDS[options.kind](inputs, options.hidden, batch_first=True).to(device)
+    own = KINDS[options.kind](inputs, options.hidden, batch_first=True).to(device)
     head = nn.Linear(options.hidden, outputs).to(device)
-    rnn = rnn if way == "plain" else ps.parallelize(rnn)
+    rnn = own if way == "plain" else ps.parallelize(own)
     parameters = [*rnn.parameters(), *head.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=options.lr)
+    steps = options.epochs * options.batches
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for epoch in range(options.epochs):
         losses, records = [], []
         if device.type == "cuda":
@@ -83,6 +87,7 @@ def train(task: str, way: str, seed: int, options: argparse.Namespace, data: lis
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
+            schedule.step()
             losses.append(loss.detach())
             records += [(r.chunk_length, r.passes, r.backward_passes) for r in getattr(rnn, "info", ())]
         loss = float(torch.stack(losses).mean())
@@ -90,9 +95,14 @@ def train(task: str, way: str, seed: int, options: argparse.Namespace, data: lis
         with torch.no_grad():
             x, target = (torch.cat(v) for v in zip(*data[-HELD_OUT:], strict=True))
             accuracy = float(judge(task, head(rnn(x)[0]), target)[1])
+        errors = (0.0, 0.0)
+        if way == "parallel":
+            x = data[-1][0]
+            errors = off(results(rnn, x, True), results(own, x, True), 3 if options.kind == "lstm" else 2)
         yield {
             "task": task, "way": way, "seed": seed, "kind": options.kind, "hidden": options.hidden, "time": options.time,
             "batch": options.batch, "epoch": epoch, "loss": loss, "accuracy": accuracy, "seconds": seconds, "records": records,
+            "error": errors[0], "gradient_error": errors[1],
         }  # fmt: skip
 
 
@@ -106,7 +116,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--time", type=int, default=16384)
     parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--lr", type=float, default=1e-2, help="at first; it falls linearly to 0")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="short sequences, a narrow module, one seed")
     parser.add_argument("--commit", metavar="HASH", help="what the rows call this version (default: git's)")
@@ -134,7 +144,8 @@ def main() -> None:
                 print(
                     f"{task} seed {seed} epoch {plain['epoch']}: loss {plain['loss']:.4f} / {parallel['loss']:.4f}, accuracy "
                     f"{plain['accuracy']:.3f} / {parallel['accuracy']:.3f}, {plain['seconds']:.2f} / {parallel['seconds']:.2f} s "
-                    f"({plain['seconds'] / parallel['seconds']:.1f}x), chunks of {lengths:.0f}, {passes:.1f} + {back:.1f} passes",
+                    f"({plain['seconds'] / parallel['seconds']:.1f}x), chunks of {lengths:.0f}, {passes:.1f} + {back:.1f} passes, "
+                    f"off by {parallel['error']:.1e}, gradients {parallel['gradient_error']:.1e}",
                     flush=True,
                 )
                 if options.out:

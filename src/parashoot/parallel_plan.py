@@ -14,8 +14,9 @@ GATES = {"GRU": 3, "LSTM": 4, "RNN_TANH": 1, "RNN_RELU": 1}
 
 class Machine(NamedTuple):
     """Seconds to start a pass, and of a step (forward, backward) by mode; multiplications and additions a second, the same in
-    TF32 and in 16 bits (each of a CPU's threads); bytes a second at which weights are read; whether layers that run plainly share
-    the latency of a step; the part of the plain time beyond which a predicted gain is not worth the risk."""
+    TF32 and in 16 bits (each of a CPU's threads); bytes a second at which weights are read; whether a GPU's: then layers that run plainly
+    share the latency of a step, and few rows' products wait for the weights; the part of the plain time beyond which a predicted gain is
+    not worth the risk."""
 
     start: float
     step: dict[str, tuple[float, float]]
@@ -23,7 +24,7 @@ class Machine(NamedTuple):
     tf32: float
     half: float
     bandwidth: float
-    overlaps: bool
+    gpu: bool
     gain: float
 
 
@@ -32,7 +33,7 @@ class Machine(NamedTuple):
 _ON_CPU = {"GRU": (9e-6, 6e-5), "LSTM": (5e-7, 1e-6), "RNN_TANH": (3e-6, 1.8e-5), "RNN_RELU": (3e-6, 1.8e-5)}
 MACHINES = {
     "cpu": Machine(5e-4, _ON_CPU, 6e10, 6e10, 3e10, 4.5e10, False, 0.55),
-    "cuda": Machine(1e-3, dict.fromkeys(GATES, (1.2e-5, 1.2e-5)), 2.5e13, 1e14, 2e14, 3e12, True, 0.8),
+    "cuda": Machine(1e-3, dict.fromkeys(GATES, (1.2e-5, 1.2e-5)), 2.5e13, 1e14, 2e14, 1e12, True, 0.8),
     "graphs": Machine(
         5e-5, dict.fromkeys(GATES, (6e-6, 6e-6)), 2.5e13, 1e14, 2e14, 3e12, True, 0.8
     ),  # passes recorded in CUDA graphs
@@ -89,7 +90,7 @@ def choose(shape: Shape, horizons: tuple[tuple[int, int], ...], recorded: bool =
         best = min(costs, key=costs.__getitem__)
         seconds += costs[best]
         plain += _cost(shape, k, Cut(shape.time, 0, (1, 1), 0.0), machine)
-        if machine.overlaps and k:
+        if machine.gpu and k:
             plain -= shape.time * sum(machine.step[shape.mode][: 1 + shape.training])
         affordable = _pass(shape, k, shape.time, 0, machine) / _pass(shape, k, best, 0, machine)
         found.append(fixed(best, horizon)._replace(affordable=affordable))
@@ -124,7 +125,8 @@ def _pass(shape: Shape, k: int, length: int, way: int, machine: Machine) -> floa
     rate = machine.tf32 if shape.tf32 else machine.half if shape.dtype.itemsize == 2 else machine.rate
     rate *= shape.threads / (2 if shape.dtype.itemsize == 8 else 1)
     rows = max(shape.total / length, shape.total / shape.time)
-    step = max(2 * rows * gates * state / rate, gates * state * shape.dtype.itemsize / machine.bandwidth)
+    times = 2 * rows * gates * state / rate, gates * state * shape.dtype.itemsize / machine.bandwidth
+    step = sum(times) if machine.gpu else max(times)
     seconds = length * (machine.step[shape.mode][way] + step) + 2 * shape.total * gates * inputs / rate
     if length < shape.time:
         seconds = machine.start + seconds * (_UNEVEN if shape.time % length else 1)
