@@ -169,6 +169,24 @@ def test_compiled_into_one_graph(tiling):
 
 
 @ps.cell(structure="headwise", width=4)
+def reflected(h: ps.State, k: ps.Input, x: ps.Input, p: ps.Param, R: ps.Param):
+    """Sums over a head's channels: of products, of a parameter, of what has none left, and of a sum that is used twice."""
+    g = h + p / (1 + p.square().sum(-1, keepdim=True))
+    g = g - 2 * k * torch.einsum("...i,...i->...", k, g)[..., None] / (1 + (k * k).sum(-1, keepdim=True))
+    mean = g.mean(-1, keepdim=True)
+    return torch.tanh(
+        (g - mean) * torch.rsqrt((g - mean).square().mean(-1, keepdim=True) + 1)
+        + mean * torch.einsum("hij,...hj->...hi", R, x)
+    )
+
+
+@pytest.mark.parametrize("chosen", [ALONE, LED, CORRECTED], ids=["alone", "led", "corrected"])
+def test_sums_over_the_channels_of_a_head(chosen, tiling):
+    tiling(chosen)
+    compare(reflected, *fp32_problem(reflected, 2, 17, 12, 0.7))
+
+
+@ps.cell(structure="headwise", width=4)
 def normalized(h: ps.State, x: ps.Input):
     return torch.softmax(h + x, -1)
 

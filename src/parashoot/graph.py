@@ -1,7 +1,7 @@
 """The canonical form of a traced elementwise step: straight-line scalar code, constants folded, subexpressions shared.
 
 A `Graph` says nothing about shapes: it is the computation of one channel at one step, or of one head whose channels meet in products
-with its matrices (`mix`, see heads.py). `torch` evaluates it on arrays of any broadcastable shapes; a kernel printer prints the same
+with its matrices (`mix`) and sums (`total`, see heads.py). `torch` evaluates it on arrays of any broadcastable shapes; a kernel printer prints the same
 lines as expressions. Its text is what a digest is taken of.
 """
 
@@ -27,6 +27,7 @@ EXPRESSIONS = {
     "erf": "torch.erf({})", "atan2": "torch.atan2({}, {})",
     "maximum": "_maximum({}, {})", "minimum": "_minimum({}, {})", "where": "_where({}, {}, {})",
     "mix": "torch.einsum('hij,rhj->rhi', {}, {})", "mix_t": "torch.einsum('hij,rhi->rhj', {}, {})",
+    "total": "({}).sum(-1, keepdim=True)",
 }  # fmt: skip
 _COMMUTATIVE = {"add", "mul", "maximum", "minimum", "eq", "ne", "and", "or"}
 _ALIASES = {"alias", "clone", "detach", "lift_fresh_copy", "lift_fresh"}
@@ -139,7 +140,7 @@ class Builder:
 # Those that take more than one instruction of a GPU, and roughly how many.
 _INSTRUCTIONS = {
     "exp": 3, "log": 20, "tanh": 2, "sigmoid": 3, "div": 5, "sin": 30, "cos": 30, "erf": 30, "atan2": 40, "log1p": 40, "expm1": 15, "pow": 4,
-    "mix": 32, "mix_t": 32,
+    "mix": 32, "mix_t": 32, "total": 24,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ permutations move labels, a product unites them, and a sum over a label that a m
 
     mix(R, v)_i = sum_j R_ij v_j,    mix_t(R, g)_j = sum_i R_ij g_i
 
+or, of a vector alone, total(v) = sum_j v_j, one number for a head.
 A sum over rows is the gradient of a parameter: of a vector, sum_r g_ri; of a matrix, sums of outer products, sum_r g_ri v_rj.
 """
 
@@ -22,7 +23,9 @@ import torch
 from .graph import Atom, Builder, Graph, UnknownOperation, convert
 
 Label = str | int  # "rows", "heads", or the number of an axis of length n
-Factor = tuple[Atom, tuple[Label, ...]]  # a vector with its axis, a matrix with its two, a constant with none
+Factor = tuple[
+    Atom, tuple[Label, ...]
+]  # a vector with its axis, a matrix with its two, a constant or a head's number with none
 _fresh = itertools.count()
 _NOTHING: tuple[Factor, ...] = ((0.0, ()),)
 
@@ -123,7 +126,7 @@ class _Reader:
         return pairs, len(terms)
 
     def atom(self, term: tuple[Factor, ...], along: tuple[Label, ...]) -> Atom:
-        """A term that is one value: a vector along an axis, or a constant."""
+        """A term that is one value: a vector along an axis, a head's number, or a constant."""
         if len(term) == 1 and term[0][0] not in self.matrices and term[0][1] in ((), along):
             return term[0][0]
         raise UnknownOperation(
@@ -146,12 +149,14 @@ class _Reader:
             a, b = args
             left, right = replace(a, dims=(*a.dims, ())), replace(b, dims=(*b.dims[:-2], (), *b.dims[-2:]))
             return self.sum(self.product(left, right), len(left.dims) - 2, False)
-        if name == "sum":
+        if name in ("sum", "mean"):
             if first is None or len(args) < 2 or not args[1]:
                 self.refuse(node)
+            number = 1
             for axis in sorted((d % len(first.dims) for d in args[1]), reverse=True):
+                number *= self.sizes.of(first.dims[axis])
                 first = self.sum(first, axis, len(args) > 2 and args[2])
-            return first
+            return first if name == "sum" else self.product(first, self.value(1 / number))
         if first is not None and first.summed:
             return self.linear(node, name, args)
         if name == "arange" and tuple(shape) == (1,):
@@ -181,7 +186,7 @@ class _Reader:
         return Value(dims, tuple(self.joined(s + t) for s in a.terms for t in b.terms), a.summed or b.summed)
 
     def joined(self, factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
-        """Vectors along the same axis, and constants, multiplied together."""
+        """Vectors along the same axis, and what has no axis, multiplied together."""
         matrices = [f for f in factors if f[0] in self.matrices]
         vectors: dict[tuple[Label, ...], Atom] = {}
         constant: Atom = 1.0
@@ -217,6 +222,10 @@ class _Reader:
             return term
         matrix = [f for f in term if f[0] in self.matrices and label in f[1]]
         vector = [f for f in term if f[0] not in self.matrices and label in f[1]]
+        if not matrix and len(vector) <= 1:
+            rest = tuple(f for f in term if f not in vector)
+            whole = self.builder.add("total", vector[0][0]) if vector else float(self.sizes.width)
+            return self.joined((*rest, (whole, ())))
         if len(matrix) != 1 or len(vector) != 1:
             raise UnknownOperation("a sum over the channels of a head", "it is no product by a matrix")
         (name, (i, j)), (v, _) = matrix[0], vector[0]
@@ -225,10 +234,15 @@ class _Reader:
         return self.joined((*rest, (mixed, (i if label == j else j,))))
 
     def linear(self, node: torch.fx.Node, name: str, args: list[Any]) -> Value:
-        """What is added up or changes its sign after a sum over rows."""
+        """What is added up, changes its sign or is divided after a sum over rows."""
         values = [self.value(a) for a in args]
         if name == "neg":
             return self.product(values[0], self.value(-1.0))
+        if name == "div" and not values[1].summed and len(values[1].terms) == 1 == len(values[1].terms[0]):
+            (((divisor, labels),),) = values[1].terms
+            if divisor not in self.matrices:
+                inverse = ((self.builder.add("div", 1.0, divisor), labels),)
+                return self.product(values[0], replace(values[1], terms=(inverse,)))
         if name != "add" or node.kwargs.get("alpha", 1) != 1 or not all(v.summed for v in values):
             self.refuse(node)
         dims, values = self.aligned(values)
@@ -247,7 +261,7 @@ class _Reader:
         return Value(dims, (((result, along),),)) if isinstance(result, str) else self.constant(result, shape)
 
     def refuse(self, node: torch.fx.Node) -> NoReturn:
-        raise UnknownOperation(str(node.target), "it is neither elementwise nor a product by a matrix")
+        raise UnknownOperation(str(node.target), "it is neither elementwise nor a sum or product by a matrix")
 
 
 # Views: where the labels of each axis go.

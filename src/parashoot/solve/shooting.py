@@ -15,6 +15,7 @@ Shapes here: xs (m, G, B, n, F), states (S, B, n, F), trajectory ys (m, S, B, n,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -121,7 +122,8 @@ class Outcome:
 def shoot(steps: Steps, h0: Tensor, jacobian: str, tol: float, max_iters: int | None, lazy: float | None) -> Outcome:
     """Solve h_t = f(h_{t-1}, x_t) for all t from `h0` (S, B, F).
 
-    Stops when every defect and every predicted correction is within `tol` of max(1, |state|), or when all is exact. With a
+    Stops when every defect and every predicted correction is within `tol` of max(1, |state|), or roundings keep both from it
+    (`_rounded`), or when all is exact. With a
     tolerance `lazy`, the first update is made without Jacobians, and they are formed only if the defects after it exceed that
     tolerance. Raises `ConvergenceError` if `max_iters` sweeps were not enough.
     """
@@ -134,7 +136,7 @@ def shoot(steps: Steps, h0: Tensor, jacobian: str, tol: float, max_iters: int | 
         return Outcome(ys, torch.ones(1, dtype=torch.float64), 0.0)
     iterations = torch.ones(batch, dtype=torch.float64, device=h0.device)
     first, base, chunk_maps = 0, 0, None  # chunks before `first` are exact; chunk_maps are those of chunks from `base`
-    sweeps = 0
+    sweeps, largest = 0, torch.full_like(iterations, math.inf, dtype=ys.dtype)
     while True:
         live = steps.from_chunk(first)
         sweep(live, start[:, :, first:], ys[:, :, :, first:])
@@ -164,6 +166,8 @@ def shoot(steps: Steps, h0: Tensor, jacobian: str, tol: float, max_iters: int | 
             correction = corrections(steps.algebra, maps, finite_or_zero(defect))
             outside = outside | ~(correction.abs() <= allowed)
         unsolved = outside.transpose(0, 1).flatten(1).any(1)
+        if not bare and jacobian == "exact":
+            unsolved &= ~_rounded(defect, correction, size, largest, m)
         if not bool(unsolved.any()):
             return Outcome(ys, iterations, float(defect.abs().max()))
         iterations = torch.where(unsolved, sweeps + 1.0, iterations)
@@ -171,6 +175,17 @@ def shoot(steps: Steps, h0: Tensor, jacobian: str, tol: float, max_iters: int | 
             raise ConvergenceError(sweeps, float(defect.abs().max()), tol, n)
         start[:, :, first + 1 :] = ends + correction
         first = first_next
+
+
+def _rounded(defect: Tensor, correction: Tensor, size: Tensor, largest: Tensor, m: int) -> Tensor:
+    """Sequences (B,) of which the defects are those of m rounded steps, after a Newton sweep that has not halved the `largest` of them,
+    and the corrections what a random sum of n makes: no sweep but the last lowers them in a cell that neither forgets nor amplifies."""
+    by_sequence = lambda v: v.transpose(0, 1).flatten(1).amax(1)
+    now, sum_of = by_sequence(defect.abs() / size), by_sequence(correction.abs() / size)
+    least = 8 * torch.finfo(defect.dtype).eps * math.sqrt(m)
+    stands = (now >= 0.5 * largest) & (now <= least)
+    largest.copy_(now)
+    return stands & (sum_of <= 2 * math.sqrt(defect.shape[2]) * now)
 
 
 def _difference(ends: Tensor, starts: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ EXPRESSIONS = {
     "maximum": "larger({}, {})", "minimum": "smaller({}, {})", "where": "tl.where({}, {}, {})",
     "erf": "tl.erf({})", "atan2": "atan2({}, {})",
     "mix": "mixed({1}, {0}_t, inside, same, FAST, MASKED, APART)", "mix_t": "mixed({1}, {0}, inside, same, FAST, MASKED, APART)",
+    "total": "totalled({}, inside, same, FAST, MASKED, APART)",
 }  # fmt: skip
 
 

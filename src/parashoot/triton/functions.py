@@ -140,6 +140,22 @@ def mixed(v, matrix, inside, same, FAST: tl.constexpr, MASKED: tl.constexpr, APA
 
 
 @triton.jit
+def totalled(v, inside, same, FAST: tl.constexpr, MASKED: tl.constexpr, APART: tl.constexpr):
+    """The sum of v over the channels of a head, in each of them: a product by ones, with the precision of `mixed`."""
+    v = tl.broadcast_to(v, inside.shape)
+    if MASKED:
+        v = tl.where(inside, v, 0.0)
+    if APART:
+        return tl.sum(tl.where(same[None, :, :], v[:, :, None], 0.0), 1)
+    elif FAST:
+        high = leading(v)
+        ones = same.to(tl.bfloat16)
+        return tl.dot(high.to(tl.bfloat16), ones, tl.dot((v - high).to(tl.bfloat16), ones))
+    else:
+        return tl.dot(v, same.to(tl.float32), input_precision="tf32x3")
+
+
+@triton.jit
 def outer(total, g, v, ok, FAST: tl.constexpr, MASKED: tl.constexpr):
     """total + sum over rows of g v^T."""
     g, v = tl.broadcast_to(g, ok.shape), tl.broadcast_to(v, ok.shape)

@@ -33,7 +33,7 @@ from parashoot.triton.functions import (
 
 """
 
-HEAD_FUNCTIONS = "from parashoot.triton.functions import mixed, outer\n\n"
+HEAD_FUNCTIONS = "from parashoot.triton.functions import mixed, outer, totalled\n\n"
 
 
 @dataclass(frozen=True)
