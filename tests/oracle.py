@@ -13,7 +13,9 @@ from parashoot.cell import parameter_shapes
 
 STRUCTURES = ("channelwise", "headwise", "dense")
 SHIPPED = {name: getattr(ps.cells, name) for name in ps.cells.__all__}
-CELLS = SHIPPED | {c.name: c.with_width(4) for c in (ps.cells.headgru, ps.cells.headlstm)}  # two heads at C = 8
+CELLS = SHIPPED | {
+    c.name: c.with_width(4) for c in (ps.cells.headgru, ps.cells.headlstm, ps.cells.headrotor)
+}  # two heads at C = 8
 ONE_OF_EACH = {"channelwise": CELLS["lstm"], "headwise": CELLS["headgru"], "dense": CELLS["elman"]}
 
 

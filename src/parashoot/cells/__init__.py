@@ -5,8 +5,9 @@ from .elman_diagonal import elman_diagonal
 from .gru import gru
 from .headgru import headgru
 from .headlstm import headlstm
+from .headrotor import headrotor
 from .lstm import lstm
 from .mingru import mingru
 from .slstm import slstm
 
-__all__ = ["elman", "elman_diagonal", "gru", "headgru", "headlstm", "lstm", "mingru", "slstm"]
+__all__ = ["elman", "elman_diagonal", "gru", "headgru", "headlstm", "headrotor", "lstm", "mingru", "slstm"]

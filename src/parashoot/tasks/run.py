@@ -22,9 +22,10 @@ from ..lm.processes import choose_device
 from ..lm.watch import solver_statistics
 from .models import build_model
 from .suite import Trial
-from .task import Samples, rates, tally
+from .task import METRICS, Samples, rates, tally
 
 LOGITS = 2**25  # the most that one pass of an evaluation forms
+LEARNED = 0.95  # of last answers, before a curriculum moves on
 
 
 def run(trials: Sequence[Trial], out: Path, *, device: str | None = None) -> list[Row]:
@@ -88,7 +89,8 @@ def _append(path: Path, row: Row) -> None:
 def train(trial: Trial, device: torch.device, text: str = "") -> Row:
     """Train and test one model: its row, with the validation score and how the recurrence was solved as training went on."""
     torch.manual_seed(trial.seed)
-    data, validation = trial.samples("train", trial.length), trial.samples("validation", trial.length)
+    stages = [trial.samples("train", length) for length in (*trial.curriculum, trial.length)]
+    data, validation = stages.pop(0), trial.samples("validation", trial.length)
     sizes = {
         name: getattr(trial, name) for name in ("hidden_size", "num_layers", "num_heads", "recurrent_clip", "solver")
     }
@@ -96,13 +98,15 @@ def train(trial: Trial, device: torch.device, text: str = "") -> Row:
     optimizer = torch.optim.AdamW(model.parameters(), lr=trial.learning_rate, weight_decay=trial.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, trial.steps)
     fixed = None if trial.train_samples is None else [v.to(device) for v in data.batch(0, trial.train_samples)]
-    metric, curve, losses, stopped, score = data.task.metric, [], [], "steps", 0.0
+    metric, curve, losses, stopped, score = trial.metric or data.task.metric, [], [], "steps", 0.0
+    right = torch.zeros((), device=device)  # of last answers, in a running mean
     begun, measured = time.perf_counter(), 0.0
     interval = 0.2 if sys.stderr.isatty() else 15.0
     with tqdm(total=trial.steps, desc=text, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
         for step in range(1, trial.steps + 1):
             x, y = _batch(trial, data, fixed, step - 1, device)
-            loss = F.cross_entropy(model(input_ids=x).logits.flatten(0, 1), y.flatten())
+            logits = model(input_ids=x).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -110,6 +114,12 @@ def train(trial: Trial, device: torch.device, text: str = "") -> Row:
             schedule.step()
             losses.append(loss.detach())
             bar.update()
+            if stages:
+                last = tally(logits.detach().argmax(-1), y)[METRICS.index("last")]
+                right.lerp_(last[0] / last[1], 0.1)
+                if step % 10 == 0 and right > LEARNED:
+                    data = stages.pop(0)
+                    right.zero_()
             if step % trial.validate_every and step < trial.steps:
                 continue
             since = time.perf_counter()
@@ -118,10 +128,12 @@ def train(trial: Trial, device: torch.device, text: str = "") -> Row:
                 stopped, score = "diverged", 0.0
                 break
             score = evaluate(model, validation, trial.validation_samples, device)[metric]
-            curve.append({"step": step, "loss": mean, "validation": score, "solver": _solved(model, x)})
+            curve.append(
+                {"step": step, "length": x.shape[1], "loss": mean, "validation": score, "solver": _solved(model, x)}
+            )
             bar.set_postfix_str(f"loss {mean:.4f}, {metric} accuracy {score:.4f}")
             measured += time.perf_counter() - since
-            if score == 1.0:
+            if score == 1.0 and trial.stop_early:
                 stopped = "perfect"
                 break
     seconds = time.perf_counter() - begun - measured

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import bad_type, bad_value
 from ..lm.config import checked_names, is_count
 from .models import SOLVERS, parts
-from .task import Samples, find_task
+from .task import METRICS, Samples, find_task
 
 COUNTS = ("length", "steps", "validate_every", "batch_size", "validation_samples", "test_samples", "hidden_size", "num_layers", "num_heads")  # fmt: skip
 VARIED = {"seed": "seeds", "model": "models", "learning_rate": "learning_rates"}
@@ -25,9 +25,11 @@ class Trial:
     """One training of a model on a task: AdamW with a cosine to zero, the gradient's norm clipped to 1.
 
     - `task` and its `options`; `model` as in `build_model`; `seed` of weights, training samples and their order.
-    - `length` of training samples, or, with `shortest`, lengths from there to `length`; `test_lengths`.
+    - `length` of training samples, or, with `shortest`, lengths from there to `length`; `curriculum`: lengths before that, each until
+      the last answers are right in 95 of 100 samples (a running mean); `test_lengths`.
     - `train_samples`: a fixed set, taken in a new order each epoch; None: new samples all the time.
-    - `validation_samples` (of the training length) every `validate_every` steps; a perfect score ends the training.
+    - `validation_samples` (of the training length) every `validate_every` steps; a perfect score ends the training, if `stop_early`.
+    - `metric` that is validated and reported: "token", "sequence" or "last"; None: the task's.
     - `hidden_size`, `num_layers`, `num_heads`, `recurrent_clip`, `solver`: the model's.
 
     The defaults are the paper's, as far as it gives them: its number of epochs is not known. Raises `ArgumentError` and
@@ -41,12 +43,15 @@ class Trial:
     options: dict[str, Any] | None = None
     length: int = 100
     shortest: int | None = None
+    curriculum: Sequence[int] = ()
     test_lengths: Sequence[int] = (100,)
     train_samples: int | None = 10_000
     validation_samples: int = 1000
     test_samples: int = 100_000
     steps: int = 12_500
     validate_every: int = 625
+    stop_early: bool = True
+    metric: str | None = None
     batch_size: int = 16
     weight_decay: float = 1e-6
     hidden_size: int = 64
@@ -75,6 +80,19 @@ class Trial:
             or not self.test_lengths
         ):
             bad_value("test_lengths", repr(self.test_lengths), "a list of integers >= 1")
+        if not isinstance(self.curriculum, (list, tuple)) or not all(map(is_count, self.curriculum)):
+            bad_value("curriculum", repr(self.curriculum), "a list of integers >= 1, possibly empty")
+        if self.curriculum and self.train_samples is not None:
+            bad_value(
+                "train_samples",
+                str(self.train_samples),
+                "None where there is a curriculum",
+                "A fixed set has one length.",
+            )
+        if not isinstance(self.stop_early, bool):
+            bad_type("stop_early", self.stop_early, "True or False")
+        if self.metric is not None and self.metric not in METRICS:
+            bad_value("metric", repr(self.metric), f"None or one of {', '.join(METRICS)}")
         if not isinstance(self.options, (dict, type(None))):
             bad_type("options", self.options, "an object of the task's options")
         object.__setattr__(self, "options", self.options or {})
@@ -82,7 +100,9 @@ class Trial:
             bad_value("solver", repr(self.solver), f"one of {', '.join(SOLVERS)}")
         parts(self.model)
         object.__setattr__(self, "test_lengths", list(self.test_lengths))
-        self.samples("train", self.length)
+        object.__setattr__(self, "curriculum", list(self.curriculum))
+        for length in (*self.curriculum, self.length):
+            self.samples("train", length)
         for length in self.test_lengths:
             self.samples("test", length)
 
@@ -158,6 +178,15 @@ SUITES: dict[str, dict[str, Any]] = {
             {"task": "brackets", "shortest": 3},
             *({"task": name} for name in ("z60", "s3", "s5", "a5")),
         ],
+    },
+    "words": {
+        "defaults": {
+            "models": ["cell:headrotor", "cell:headgru", "cell:headlstm", *BARE], "seeds": [0, 1, 2], "learning_rates": [3e-3],
+            "recurrent_clip": None, "hidden_size": 128, "length": 40, "curriculum": [2, 4, 8, 16, 24, 32], "test_lengths": [40, 256, 1024],
+            "metric": "sequence", "train_samples": None, "test_samples": 1000, "batch_size": 128, "steps": 2000, "validate_every": 200,
+            "stop_early": False,
+        },
+        "runs": [{"task": "a5"}, {"task": "s5"}],
     },
     "quick": {
         "defaults": {
