@@ -18,7 +18,17 @@ GRU, LSTM = ps.cells.headgru, ps.cells.headlstm
 ALONE, LED, CORRECTED = Tiling(16, 1, 2, 2, 1, 8, 1), Tiling(16, 1, 2, 2, 3, 12, 1), Tiling(16, 1, 2, 2, 5, 2, 1)
 
 
-CASES = [(GRU, ALONE), (GRU, LED), (GRU, CORRECTED), (LSTM, LED), (LSTM, CORRECTED), (GRU.with_width(5), LED)]
+ROTOR = ps.cells.headrotor
+CASES = [
+    (GRU, ALONE),
+    (GRU, LED),
+    (GRU, CORRECTED),
+    (LSTM, LED),
+    (LSTM, CORRECTED),
+    (GRU.with_width(5), LED),
+    (ROTOR, ALONE),
+    (ROTOR, CORRECTED),
+]
 
 
 @pytest.mark.parametrize(("cell", "chosen"), CASES, ids=range(len(CASES)))
@@ -215,7 +225,7 @@ def test_a_head_that_kernels_do_not_run_says_why(cell, options, reason):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("sigma", [0.3, 1.0])
 @pytest.mark.parametrize("width", [8, 16, 32])
-@pytest.mark.parametrize("name", ["headgru", "headlstm"])
+@pytest.mark.parametrize("name", ["headgru", "headlstm", "headrotor"])
 def test_the_numerics_contract_at_length(name, width, sigma, dtype):
     """fp32: states within 1e-5 or twice the error of the loop in fp32, gradients within 1e-4; bf16: 2^-8 of y and 5e-4."""
     cell = getattr(ps.cells, name).with_width(width)

@@ -66,10 +66,13 @@ REGISTERS = {
     ("gru", "forward"): 96, ("gru", "backward"): 112, ("lstm", "forward"): 112, ("lstm", "backward"): 144,
     ("slstm", "forward"): 160, ("slstm", "backward"): 248,
     ("headgru", "forward"): 144, ("headgru", "backward"): 255, ("headlstm", "forward"): 224, ("headlstm", "backward"): 255,
+    ("headrotor", "forward"): 255, ("headrotor", "backward"): 255,
 }  # fmt: skip
 SHARED = 232_448  # bytes a program may have on Hopper
 SPILLED = {"shoot": 0, "correct": 2048}  # bytes; corrections are rare
-SPILLED_BACKWARD = {"headgru": 64, "headlstm": 1280}  # they hold matrices, transposes and gradients of matrices
+HELD = {  # they hold matrices, transposes and gradients of matrices
+    ("headgru", "backward"): 64, ("headlstm", "backward"): 1280, ("headrotor", "forward"): 32, ("headrotor", "backward"): 1024,
+}  # fmt: skip
 
 
 def jobs() -> list[tuple]:
@@ -96,12 +99,11 @@ def test_kernels_compile_for_hopper_within_their_budgets():
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == len(jobs())
-    back = lambda row: SPILLED_BACKWARD.get(row["cell"], 0) if row["direction"] == "backward" else 0
     over = [
         row
         for row in rows
         if row["shared"] > SHARED
-        or row["spilled"] > max(SPILLED[row["launch"]], back(row))
+        or row["spilled"] > max(SPILLED[row["launch"]], HELD.get((row["cell"], row["direction"]), 0))
         or (row["launch"] == "shoot" and row["registers"] > REGISTERS[row["cell"], row["direction"]])
     ]
     assert over == []

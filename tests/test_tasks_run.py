@@ -48,6 +48,16 @@ def test_lstm_keeps_the_first_token():
     assert train(trial, CPU)["test"]["16"]["token"] > 0.99
 
 
+def test_a_rotor_learns_to_compose_permutations_far_beyond_its_training_and_a_linear_cell_does_not():
+    found = {t.model: train(t, CPU) for t in find_suite("quick") if t.task == "s3"}
+    rotor, linear = found["cell:headrotor"], found["cell:mingru"]
+    lengths = [point["length"] for point in rotor["curve"]]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1] == 16  # the curriculum moves on, and ends
+    assert rotor["metric"] == "sequence" and rotor["steps"] == 400 and rotor["validation"] == 1.0  # no early stop
+    assert rotor["test"]["64"]["sequence"] > 0.99  # all answers of a sequence, at four times the training length
+    assert linear["test"]["64"]["sequence"] < 0.01 and linear["curve"][-1]["length"] < 16
+
+
 def test_solvers_train_alike(monkeypatch):
     monkeypatch.setitem(
         SOLVERS, "parallel", ps.MultipleShooting(chunk_length=5)
@@ -168,6 +178,16 @@ def test_the_suites_are_well_formed():
         ({"task": "parity"}, "no model"),
         ({"task": "parity", "model": "cell:gru", "steps": 0}, "steps: got 0"),
         ({"task": "parity", "model": "cell:gru", "train_samples": 2}, "train_samples: got 2"),
+        (
+            {"task": "parity", "model": "cell:gru", "curriculum": [2]},
+            "train_samples: got 10; expected None where there is a curriculum",
+        ),
+        ({"task": "parity", "model": "cell:gru", "curriculum": 2}, "curriculum: got 2; expected a list"),
+        (
+            {"task": "parity", "model": "cell:gru", "metric": "all"},
+            "metric: got 'all'; expected None or one of token, sequence, last",
+        ),
+        ({"task": "parity", "model": "cell:gru", "stop_early": 1}, "stop_early: got int 1"),
         ({"task": "parity", "model": "cell:gru", "solver": "fast"}, "solver: got 'fast'"),
         ({"task": "parity", "model": "cell:gru", "shortest": 3}, "option of parity: got 'shortest'"),
         ({"task": "parity", "model": "cell:gru", "test_lengths": []}, "test_lengths: got []"),
@@ -186,7 +206,7 @@ def test_the_command_line_reports_in_one_line(tmp_path, monkeypatch, capsys):
     Path("broken.json").write_text("{")
     Path("rows.jsonl").write_text('{"trial": 3}\n{"trial": 3}\n')
     wrong = {
-        "run nothing": "SUITE: got 'nothing'; expected one of paper, tracking, quick",
+        "run nothing": "SUITE: got 'nothing'; expected one of paper, tracking, words, quick",
         "run broken.json": "which is not JSON",
         "render nowhere.jsonl": "FILE: got 'nowhere.jsonl'; expected an existing results file",
         "render rows.jsonl": "line 1",

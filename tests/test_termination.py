@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import parashoot as ps
-from oracle import CELLS, loop, random_problem, step
+from oracle import CELLS, loop, random_problem, relative, step
 from parashoot.solve import shooting
 
 
@@ -273,3 +273,35 @@ def test_inputs_near_the_end_of_the_range_do_not_hang_the_solver(name, value):
     x[0, 9:12], x[1, 30] = value, -value
     for solver in (ps.Newton(max_iters=45), ps.MultipleShooting(8, max_iters=6)):
         assert_as_the_loop(cell, x, params, h0, None, solver)
+
+
+@ps.cell(structure="headwise", width=4)
+def turned(h: ps.State, a: ps.Input, b: ps.Input):
+    """Two reflections: neither forgets nor amplifies, so roundings add up."""
+    for k in (a, b):
+        h = h - 2 * k * (k * h).sum(-1, keepdim=True) / (k * k).sum(-1, keepdim=True)
+    return h
+
+
+@pytest.mark.parametrize("time", [1024, 8192])
+@pytest.mark.parametrize("length", [8, 64])
+def test_roundings_that_add_up_are_not_worked_off_chunk_by_chunk(time, length):
+    """In a few sweeps, as near to the loop in fp64 as twice what the loop in fp32 is."""
+    x, _, h0 = random_problem(turned, 2, time, 32, dtype=torch.float32)
+    y, _, info = ps.scan(turned, x, h0=h0, solver=ps.MultipleShooting(chunk_length=length), return_info=True)
+    exact, plain = loop(turned, x.double(), [], h0.double())[:, :, 0], loop(turned, x, [], h0)[:, :, 0]
+    assert info.iterations <= 5
+    assert (y - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@ps.cell(structure="headwise", width=2)
+def doubled(h: ps.State, x: ps.Input):
+    return torch.tanh(2 * h) + x
+
+
+def test_a_rounding_that_grows_is_worked_off():
+    """The state 0 repels: a defect of 1e-7 is told from none."""
+    x, h0 = torch.zeros(1, 256, 1, 4), torch.zeros(1, 1, 4)
+    x[:, 0] = 2**-24
+    y, _ = ps.scan(doubled, x, h0=h0, solver=ps.MultipleShooting(chunk_length=8))
+    assert relative(y, loop(doubled, x.double(), [], h0.double())[:, :, 0]) <= 1e-5

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.set_defaults(run=_show)
     run = actions.add_parser("run", help="train and test the models of a suite; goes on where it was stopped")
     run.add_argument(
-        "suite", nargs="?", default="paper", metavar="SUITE", help="paper, tracking, quick, or a JSON file"
+        "suite", nargs="?", default="paper", metavar="SUITE", help="paper, tracking, words, quick, or a JSON file"
     )
     run.add_argument(
         "--out", default="tasks.jsonl", metavar="FILE", help="a row is added for each run (default: tasks.jsonl)"

@@ -196,6 +196,10 @@ SUITES: dict[str, dict[str, Any]] = {
         "runs": [
             {"task": "parity", "models": ["cell:gru", "cell:lstm", "cell:mingru"], "test_lengths": [16, 32, 64]},
             {"task": "keep_nth", "models": ["cell:lstm", "cell:mingru"], "options": {"n": 1, "vocab": 8}, "test_lengths": [16]},
+            {
+                "task": "s3", "models": ["cell:headrotor", "cell:mingru"], "curriculum": [2, 4, 8], "metric": "sequence", "steps": 400,
+                "stop_early": False, "test_lengths": [16, 64, 256],
+            },
         ],
     },
 }  # fmt: skip
