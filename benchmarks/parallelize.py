@@ -10,6 +10,7 @@ TF32 is off but where the row says tf32; "+3" adds 3 to the bias of the forget g
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -106,6 +107,7 @@ def held(device: torch.device) -> int:
     """Bytes of the GPU's memory that are not free for others."""
     if device.type != "cuda":
         return 0
+    gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved()
 

@@ -350,7 +350,7 @@ def test_a_module_that_remembers_runs_plainly_and_gets_another_chance():
 def test_chunks_that_are_slower_than_predicted_are_left(packed, monkeypatch):
     plain = nn.GRU(4, 8, 2, dropout=0.5)
     parallel = ps.parallelize(plain)
-    monkeypatch.setattr(MODULE, "choose", lambda shape, horizons: [fixed(64, h) for h in horizons])
+    monkeypatch.setattr(MODULE, "choose", lambda shape, horizons, *_: [fixed(64, h) for h in horizons])
     seconds = iter([2.0, 0.1])  # over chunks, and plainly
     monkeypatch.setattr(ParallelGRU, "_seconds", lambda *_: next(seconds))
     x = torch.randn(2048, 1, 4)
@@ -362,11 +362,23 @@ def test_chunks_that_are_slower_than_predicted_are_left(packed, monkeypatch):
     assert parallel.info[0].chunk_length == 0 and parallel.info[0].rest > 0
 
 
+def test_the_plan_learns_from_timing_how_fast_the_plain_module_is(monkeypatch):
+    """It does not try again what it now expects to be slower."""
+    parallel, x = ps.parallelize(nn.GRU(4, 8)), torch.randn(2048, 1, 4)
+    seconds = iter([2.0, 1e-6])  # over chunks, and plainly: then it would end
+    monkeypatch.setattr(ParallelGRU, "_seconds", lambda *_: next(seconds))
+    parallel(x)
+    assert parallel.info[0].chunk_length > 0
+    for _ in range(100):
+        parallel(x)
+    assert parallel.info[0].chunk_length == 0 and parallel.info[0].rest == 0
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_timing_leaves_no_trace(packed, monkeypatch):
     """No random numbers drawn, no gradients."""
     monkeypatch.setattr(MODULE, "TIMED", 1)
-    monkeypatch.setattr(MODULE, "choose", lambda shape, horizons: [fixed(64, h) for h in horizons])
+    monkeypatch.setattr(MODULE, "choose", lambda shape, horizons, *_: [fixed(64, h) for h in horizons])
     plain = nn.GRU(4, 8, 2, dropout=0.5).double()
     parallel = ps.parallelize(plain)
     x = torch.randn(700, 2, 4, dtype=torch.float64, requires_grad=True)

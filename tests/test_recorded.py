@@ -50,7 +50,7 @@ def device(request, monkeypatch):
         monkeypatch.setattr(recorded, "current", lambda device: None)
         monkeypatch.setattr(recorded, "warm", lambda run, device: run())
     monkeypatch.setattr(MODULE, "_room", lambda device: 2**40)
-    monkeypatch.setattr(MODULE, "choose", lambda shape, horizons, recorded=False: [fixed(32, h) for h in horizons])
+    monkeypatch.setattr(MODULE, "choose", lambda shape, horizons, *_: [fixed(32, h) for h in horizons])
     monkeypatch.setattr(MODULE._Parallel, "_seconds", lambda self, run, given: 0.0 if run() is None else 1.0)
     return torch.device(request.param)
 

@@ -73,28 +73,38 @@ _LENGTHS = tuple(n * 2**i for i in range(2, 13) for n in (4, 5, 6, 7))
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(shape: Shape, horizons: tuple[tuple[int, int], ...], recorded: bool = False) -> tuple[Cut, ...] | None:
+def choose(
+    shape: Shape, horizons: tuple[tuple[int, int], ...], recorded: bool = False, faster: float = 1.0
+) -> tuple[Cut, ...] | None:
     """The cut of each layer and direction, given the steps in which it forgets (forward, backward); None: run plainly.
 
-    `recorded`: for passes in CUDA graphs, with some room for cells that come to remember longer.
+    `recorded`: for passes in CUDA graphs, with some room for cells that come to remember longer. `faster`: how many times faster than
+    predicted the module's own way was when it was timed.
     """
     if recorded:
         horizons = tuple((math.ceil(1.2 * ahead), math.ceil(1.2 * back)) for ahead, back in horizons)
     lengths = sorted({_even(n, shape.time) for n in _LENGTHS if 2 * n <= shape.time})
     if not lengths:
         return None
-    machine, found, seconds, plain = MACHINES[shape.device], [], 0.0, 0.0
+    machine, found, seconds = MACHINES[shape.device], [], 0.0
     chunked = MACHINES["graphs"] if recorded else machine
     for k, horizon in enumerate(horizons):
         costs = {n: _cost(shape, k, fixed(n, horizon), chunked) for n in lengths}
         best = min(costs, key=costs.__getitem__)
         seconds += costs[best]
-        plain += _cost(shape, k, Cut(shape.time, 0, (1, 1), 0.0), machine)
-        if machine.gpu and k:
-            plain -= shape.time * sum(machine.step[shape.mode][: 1 + shape.training])
         affordable = _pass(shape, k, shape.time, 0, machine) / _pass(shape, k, best, 0, machine)
-        found.append(fixed(best, horizon)._replace(affordable=affordable))
-    return tuple(found) if seconds < machine.gain * plain else None
+        found.append(fixed(best, horizon)._replace(affordable=affordable / faster))
+    return tuple(found) if seconds < machine.gain * plainly(shape) / faster else None
+
+
+def plainly(shape: Shape) -> float:
+    """Seconds, as predicted, that the module's own way takes."""
+    machine, seconds = MACHINES[shape.device], 0.0
+    for k in range(shape.num_layers * shape.directions):
+        seconds += _cost(shape, k, Cut(shape.time, 0, (1, 1), 0.0), machine)
+        if machine.gpu and k:
+            seconds -= shape.time * sum(machine.step[shape.mode][: 1 + shape.training])
+    return seconds
 
 
 def fixed(length: int, horizon: tuple[int, int]) -> Cut:

@@ -235,10 +235,7 @@ def judge(task: Task, begun: Tensor | None, moved: Tensor, dtype: torch.dtype) -
     steps = task.guess(chunks) + (planned - 2) * chunks.length
     rate, horizon, record.defect = _read(begun, moved, steps, planned, task.tol)
     record.learn(0, horizon, not record.defect <= max(task.tol / 2, _noise(dtype)))
-    done = planned == task.exact(chunks) or _settled(record.defect, rate, task.tol, dtype)
-    if done:
-        record.wait = 32
-    return done, rate, horizon
+    return planned == task.exact(chunks) or _settled(record.defect, rate, task.tol, dtype), rate, horizon
 
 
 def forward(

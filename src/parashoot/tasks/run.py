@@ -20,11 +20,13 @@ from ..errors import bad_value
 from ..lm.order import Permutation
 from ..lm.processes import choose_device
 from ..lm.watch import solver_statistics
+from ..plan import MultipleShooting
 from .models import build_model
 from .suite import Trial
 from .task import METRICS, Samples, rates, tally
 
 LOGITS = 2**25  # the most that one pass of an evaluation forms
+PROBED = MultipleShooting(chunk_length=16, backend="torch")  # sweeps of Newton's method, in PyTorch operations
 LEARNED = 0.95  # of last answers, before a curriculum moves on
 
 
@@ -99,6 +101,7 @@ def train(trial: Trial, device: torch.device, text: str = "") -> Row:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, trial.steps)
     fixed = None if trial.train_samples is None else [v.to(device) for v in data.batch(0, trial.train_samples)]
     metric, curve, losses, stopped, score = trial.metric or data.task.metric, [], [], "steps", 0.0
+    probe = None if trial.probe is None else trial.samples("validation", trial.probe).batch(0, 4)[0].to(device)
     right = torch.zeros((), device=device)  # of last answers, in a running mean
     begun, measured = time.perf_counter(), 0.0
     interval = 0.2 if sys.stderr.isatty() else 15.0
@@ -129,7 +132,13 @@ def train(trial: Trial, device: torch.device, text: str = "") -> Row:
                 break
             score = evaluate(model, validation, trial.validation_samples, device)[metric]
             curve.append(
-                {"step": step, "length": x.shape[1], "loss": mean, "validation": score, "solver": _solved(model, x)}
+                {
+                    "step": step,
+                    "length": x.shape[1],
+                    "loss": mean,
+                    "validation": score,
+                    "solver": _solved(model, x) if probe is None else _solved(model, probe, PROBED),
+                }
             )
             bar.set_postfix_str(f"loss {mean:.4f}, {metric} accuracy {score:.4f}")
             measured += time.perf_counter() - since
@@ -160,10 +169,16 @@ def _batch(
     return fixed[0][index], fixed[1][index]
 
 
-def _solved(model: Any, x: Tensor) -> dict[str, float]:
-    """Sweeps, defect and largest Lyapunov exponent of the recurrent layers on a batch, the largest of each."""
-    layers = solver_statistics(model, x[:16], None, exponents=True) if model.recurrent_layers() else []
-    return {name: max(layer[name] for layer in layers) for name in (layers[0] if layers else ())}
+def _solved(model: Any, x: Tensor, solver: MultipleShooting | None = None) -> dict[str, float]:
+    """Sweeps, defect and largest Lyapunov exponent of the recurrent layers on a batch, the largest of each; with `solver` in place of theirs."""
+    layers = model.recurrent_layers()
+    own = [layer.solver for layer in layers]
+    for layer in layers:
+        layer.solver = solver or layer.solver
+    found = solver_statistics(model, x[:16], None, exponents=True) if layers else []
+    for layer, before in zip(layers, own, strict=True):
+        layer.solver = before
+    return {name: max(layer[name] for layer in found) for name in (found[0] if found else ())}
 
 
 @torch.no_grad()

@@ -29,6 +29,8 @@ class Trial:
       the last answers are right in 95 of 100 samples (a running mean); `test_lengths`.
     - `train_samples`: a fixed set, taken in a new order each epoch; None: new samples all the time.
     - `validation_samples` (of the training length) every `validate_every` steps; a perfect score ends the training, if `stop_early`.
+    - `probe`: the length of the sequences on which it is counted at each validation how many sweeps the recurrence takes, in chunks of 16;
+      None: on the last training batch, as it was solved.
     - `metric` that is validated and reported: "token", "sequence" or "last"; None: the task's.
     - `hidden_size`, `num_layers`, `num_heads`, `recurrent_clip`, `solver`: the model's.
 
@@ -52,6 +54,7 @@ class Trial:
     validate_every: int = 625
     stop_early: bool = True
     metric: str | None = None
+    probe: int | None = None
     batch_size: int = 16
     weight_decay: float = 1e-6
     hidden_size: int = 64
@@ -91,6 +94,8 @@ class Trial:
             )
         if not isinstance(self.stop_early, bool):
             bad_type("stop_early", self.stop_early, "True or False")
+        if self.probe is not None and not is_count(self.probe):
+            bad_value("probe", repr(self.probe), "None or an integer >= 1")
         if self.metric is not None and self.metric not in METRICS:
             bad_value("metric", repr(self.metric), f"None or one of {', '.join(METRICS)}")
         if not isinstance(self.options, (dict, type(None))):
@@ -183,10 +188,10 @@ SUITES: dict[str, dict[str, Any]] = {
         "defaults": {
             "models": ["cell:headrotor", "cell:headgru", "cell:headlstm", *BARE], "seeds": [0, 1, 2], "learning_rates": [3e-3],
             "recurrent_clip": None, "hidden_size": 128, "length": 40, "curriculum": [2, 4, 8, 16, 24, 32], "test_lengths": [40, 256, 1024],
-            "metric": "sequence", "train_samples": None, "test_samples": 1000, "batch_size": 128, "steps": 2000, "validate_every": 200,
-            "stop_early": False,
+            "metric": "sequence", "train_samples": None, "test_samples": 1000, "batch_size": 128, "steps": 2000, "validate_every": 500,
+            "stop_early": False, "probe": 1024,
         },
-        "runs": [{"task": "a5"}, {"task": "s5"}],
+        "runs": [{"task": "a5"}, {"task": "s5", "steps": 4000}],
     },
     "quick": {
         "defaults": {
