@@ -58,6 +58,22 @@ def test_a_rotor_learns_to_compose_permutations_far_beyond_its_training_and_a_li
     assert linear["test"]["64"]["sequence"] < 0.01 and linear["curve"][-1]["length"] < 16
 
 
+def test_sweeps_are_counted_at_a_length_of_their_own():
+    found = [Trial("s3", "cell:headlstm", **{**TINY, "probe": probe}) for probe in (None, 64)]
+    own, probed = (train(trial, CPU) for trial in found)
+    assert own["test"] == probed["test"]  # it leaves no trace
+    assert {point["solver"]["iterations"] for point in own["curve"]} == {1.0}  # 6 steps are one chunk
+    model = build_model(
+        "cell:headlstm", 6, hidden_size=8, num_layers=1, num_heads=1, recurrent_clip=None, solver="parallel"
+    )
+    x = Trial("s3", "cell:headlstm", **TINY).samples("validation", 64).batch(0, 4)[0]
+    with torch.no_grad():
+        cell, z, params = model.rnn.prepared(model.embed(x))
+        want = ps.scan(cell, z, params, solver=runner.PROBED, return_info=True)[2].iterations
+    assert runner._solved(model, x, runner.PROBED)["iterations"] == want > 1
+    assert model.rnn.solver is None and all(point["solver"]["iterations"] > 1 for point in probed["curve"])
+
+
 def test_solvers_train_alike(monkeypatch):
     monkeypatch.setitem(
         SOLVERS, "parallel", ps.MultipleShooting(chunk_length=5)
@@ -187,6 +203,7 @@ def test_the_suites_are_well_formed():
             {"task": "parity", "model": "cell:gru", "metric": "all"},
             "metric: got 'all'; expected None or one of token, sequence, last",
         ),
+        ({"task": "parity", "model": "cell:gru", "probe": 0}, "probe: got 0"),
         ({"task": "parity", "model": "cell:gru", "stop_early": 1}, "stop_early: got int 1"),
         ({"task": "parity", "model": "cell:gru", "solver": "fast"}, "solver: got 'fast'"),
         ({"task": "parity", "model": "cell:gru", "shortest": 3}, "option of parity: got 'shortest'"),
@@ -234,5 +251,5 @@ def test_every_command_of_the_page_runs(tmp_path, monkeypatch, capsys):
     assert len(commands) >= 6
     for line in commands:
         assert main(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
-    assert Path("mine.png").exists()
+    assert Path("mine.png").exists() and Path("mine-training.png").exists()
     exec(compile("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), "tasks.md", "exec"), {})

@@ -305,3 +305,26 @@ def test_a_rounding_that_grows_is_worked_off():
     x[:, 0] = 2**-24
     y, _ = ps.scan(doubled, x, h0=h0, solver=ps.MultipleShooting(chunk_length=8))
     assert relative(y, loop(doubled, x.double(), [], h0.double())[:, :, 0]) <= 1e-5
+
+
+def flip(h: ps.State, x: ps.Input):
+    return torch.tanh(4 * h * x + 0.2)
+
+
+@pytest.mark.parametrize("structure", ["channelwise", "headwise"])
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_what_a_few_sweeps_do_not_settle_runs_in_order(structure, with_reset):
+    """A sign that inputs keep or flip: sweep after sweep only one more chunk is right. The plan gives up; who asks for chunks gets them."""
+    latch = ps.cell(structure=structure, width=4 if structure == "headwise" else None)(flip)
+    x = torch.randint(0, 2, (2, 4096, 1, 8)) * 2.0 - 1.0
+    h0, reset = torch.ones(2, 1, 8), None
+    if with_reset:
+        reset = torch.zeros(2, 4096, dtype=torch.bool)
+        reset[1, 100] = True
+    y, _, info = ps.scan(latch, x, h0=h0, reset=reset, return_info=True)
+    want = loop(latch, x.double(), [], h0.double(), reset)[:, :, 0]
+    assert relative(y, want) <= 1e-5
+    chunks = -(-4096 // info.chunk_length)
+    assert info.iterations == 1 + max(8 if structure == "channelwise" else 4, chunks // 32) < chunks
+    asked = ps.scan(latch, x, h0=h0, solver=ps.MultipleShooting(chunk_length=info.chunk_length), return_info=True)[2]
+    assert asked.iterations == chunks

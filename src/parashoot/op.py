@@ -51,7 +51,7 @@ def _forward(
         return _forward_by_kernels(x, params, h0, reset, cell, reverse, all_states, save, plan, found)
     with torch.autocast(x.device.type, enabled=False):
         steps, layout = _prepare(cell, x, params, reset, reverse, plan, found)
-        result = shoot(steps, layout.state(h0), plan.jacobian, plan.tol, plan.max_iters, plan.lazy)
+        result = shoot(steps, layout.state(h0), plan.jacobian, plan.tol, plan.max_iters, plan.lazy, plan.patience)
     ys = result.ys
     last = ys[(layout.time - 1) % layout.length, :, :, -1]
     h_n = last.flatten(2).movedim(0, 1).to(h0.dtype)

@@ -86,6 +86,7 @@ class Plan:
     max_iters: int | None
     window: int
     lazy: float | None  # tolerance up to which Jacobians are not formed at all
+    patience: int | None  # sweeps after which what is not exact yet runs in order
     autograd: bool  # one chunk: differentiate the plain loop, which is then the fastest
     tiling: Tiling | None  # how generated kernels cut the problem; None: PyTorch operations
     reasons: tuple[str, ...]
@@ -113,6 +114,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 # Seconds for one elementwise operation: to start it, and for each element (measured on two CPU cores and on an H100).
 _COST = {"cpu": (2.5e-6, 0.35e-9), "cuda": (6e-6, 0.006e-9)}
 _WINDOW = {"cpu": 2**17, "cuda": 2**24}
+_PATIENCE = {True: 8, False: 4}  # sweeps that any channelwise cell is given, and others, whose Jacobians cost more
 _EXACT_WIDTH = 16  # widest matrices for which exact products are cheaper than further sweeps
 
 
@@ -135,7 +137,7 @@ def make_plan(
     if isinstance(solver, Sequential):
         kind = "exact" if cell.structure == "channelwise" else "zero"
         autograd = _by_autograd(cell, x_shape, device, ops[0])
-        return Plan("torch", time, 1, kind, tol, None, window, None, autograd, None, ("asked for",))
+        return Plan("torch", time, 1, kind, tol, None, window, None, None, autograd, None, ("asked for",))
     width = 1 if cell.structure == "channelwise" else (cell.width or channels) * len(cell.states)
     jacobian, lazy, reasons = solver.jacobian, None, []
     if device.type == "cuda":
@@ -157,8 +159,15 @@ def make_plan(
         reasons.append("chunk length asked for")
     tol = solver.tol if solver.tol is not None else _tolerance(tol, jacobian, dtype)
     chunks = -(-time // length)
+    patience = None
+    least = _PATIENCE[cell.structure == "channelwise"]
+    if solver.chunk_length == "auto" and solver.max_iters is None and chunks > least:
+        patience = max(least, chunks // 32)  # a sweep with Jacobians costs several without
+        reasons.append(f"what {patience} sweeps have not made exact runs in order")
     autograd = chunks == 1 and _by_autograd(cell, x_shape, device, ops[0])
-    return Plan("torch", length, chunks, jacobian, tol, solver.max_iters, window, lazy, autograd, None, tuple(reasons))
+    return Plan(
+        "torch", length, chunks, jacobian, tol, solver.max_iters, window, lazy, patience, autograd, None, tuple(reasons)
+    )
 
 
 SHORTEST_KERNEL_CHUNK = 16
@@ -259,7 +268,9 @@ def _kernel_plan(
     tile = f"a program takes {tiling.columns} channels of {rows}, {tiling.unroll} steps a loop trip, {tiling.stages} trips loaded ahead"
     if chunks > 1:
         tile += f"; it leads in over {min(tiling.burn, length)} steps" + (" or more" if cell.width is None else "")
-    return Plan("triton", min(length, time), chunks, jacobian, tol, limit, 0, None, False, tiling, (*reasons, tile))
+    return Plan(
+        "triton", min(length, time), chunks, jacobian, tol, limit, 0, None, None, False, tiling, (*reasons, tile)
+    )
 
 
 def _by_autograd(cell: Cell, x_shape: tuple[int, ...], device: torch.device, step: int) -> bool:

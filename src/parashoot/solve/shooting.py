@@ -60,6 +60,12 @@ class Steps:
         resets = None if self.resets is None else self.resets[:, :, first:]
         return Steps(self.cell, self.trace, self.algebra, self.xs[:, :, :, first:], self.params, resets, self.window)
 
+    def only(self, chunk: int) -> Steps:
+        """The steps of one chunk."""
+        resets = None if self.resets is None else self.resets[:, :, chunk : chunk + 1]
+        xs = self.xs[:, :, :, chunk : chunk + 1]
+        return Steps(self.cell, self.trace, self.algebra, xs, self.params, resets, self.window)
+
     def jacobians(self, previous: Tensor, window: tuple[int, int]) -> Tensor:
         """Step Jacobians over a window of steps, from the states (w, S, B, n, F) before each; zero across a reset."""
         a, b = window
@@ -119,13 +125,16 @@ class Outcome:
     defect: float
 
 
-def shoot(steps: Steps, h0: Tensor, jacobian: str, tol: float, max_iters: int | None, lazy: float | None) -> Outcome:
+def shoot(
+    steps: Steps, h0: Tensor, jacobian: str, tol: float, max_iters: int | None, lazy: float | None, patience: int | None = None
+) -> Outcome:  # fmt: skip
     """Solve h_t = f(h_{t-1}, x_t) for all t from `h0` (S, B, F).
 
     Stops when every defect and every predicted correction is within `tol` of max(1, |state|), or roundings keep both from it
     (`_rounded`), or when all is exact. With a
     tolerance `lazy`, the first update is made without Jacobians, and they are formed only if the defects after it exceed that
-    tolerance. Raises `ConvergenceError` if `max_iters` sweeps were not enough.
+    tolerance. After `patience` sweeps the chunks that are not exact yet run one after another. Raises `ConvergenceError` if
+    `max_iters` sweeps were not enough.
     """
     m, _, batch, n = steps.xs.shape[:4]
     ys = steps.xs.new_empty(m, h0.shape[0], *steps.xs.shape[2:])
@@ -173,6 +182,11 @@ def shoot(steps: Steps, h0: Tensor, jacobian: str, tol: float, max_iters: int | 
         iterations = torch.where(unsolved, sweeps + 1.0, iterations)
         if sweeps == max_iters:
             raise ConvergenceError(sweeps, float(defect.abs().max()), tol, n)
+        if sweeps == patience:
+            for c in range(first_next, n):
+                start[:, :, c] = ys[-1, :, :, c - 1]
+                sweep(steps.only(c), start[:, :, c : c + 1], ys[:, :, :, c : c + 1])
+            return Outcome(ys, iterations, 0.0)
         start[:, :, first + 1 :] = ends + correction
         first = first_next
 

@@ -103,10 +103,41 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
     return True
 
 
+def plot_training(rows: Sequence[Row], path: Path) -> bool:
+    """Sweeps of the solver and largest Lyapunov exponent against the training step: a row of panels for each experiment, a line for each
+    model and seed. False without matplotlib or recurrent layers."""
+    solved = [row for row in picked(rows) if row["curve"] and row["curve"][0]["solver"]]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    if not solved:
+        return False
+    experiments = groups(solved, "experiment").values()
+    figure = Figure(figsize=(9.2, 3.2 * len(experiments)), layout="constrained")
+    grid = figure.subplots(len(experiments), 2, squeeze=False)
+    for panels, of_task in zip(grid, experiments, strict=True):
+        for axes, figure_name, scale in zip(panels, ("iterations", "lyapunov"), ("log", "linear"), strict=True):
+            for number, ((name,), seeds) in enumerate(groups(of_task, "model").items()):
+                for k, row in enumerate(seeds):
+                    at = (
+                        [point["step"] for point in row["curve"]],
+                        [point["solver"][figure_name] for point in row["curve"]],
+                    )
+                    axes.plot(*at, ".-", color=f"C{number % 10}", linewidth=0.9, label=None if k else name)
+            label = "sweeps" if figure_name == "iterations" else "largest Lyapunov exponent"
+            axes.set(title=title(of_task[0]), xlabel="training step", ylabel=label, yscale=scale)
+        panels[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    return True
+
+
 def render(rows: Sequence[Row], out: Path) -> None:
     """Print the tables of `rows`, and plot them beside the results file `out`."""
-    image = out.with_suffix(".png")
+    image, training = out.with_suffix(".png"), out.with_name(f"{out.stem}-training.png")
     if rows:
         print(f"\n{tables(rows)}\n")
         print(f"Plot: {image}" if plot(rows, image) else "Plot: not drawn, matplotlib is not installed.")
+        if plot_training(rows, training):
+            print(f"Plot: {training}, sweeps and Lyapunov exponents while training")
     print(f"Results: {out}, {len(rows)} rows")
