@@ -22,10 +22,11 @@ def trace_of(cell, dtype=torch.float64, channels=CHANNELS):
 
 
 def point(cell, dtype, seed=0):
-    """States, inputs (each (*ROWS, F)), parameters and cotangents."""
+    """States, inputs (each (*ROWS, F)), parameters as a step gets them, and cotangents."""
     x, params, h = random_problem(cell, ROWS[0] * ROWS[1], 1, CHANNELS, dtype=dtype, seed=seed)
     shape = lambda v: v.reshape(*ROWS, *feature_shape(cell, CHANNELS))
     states, inputs = [shape(v) for v in h.unbind(1)], [shape(v) for v in x[:, 0].unbind(1)]
+    params = [p.view(feature_shape(cell, CHANNELS)) if p.shape == (CHANNELS,) else p for p in params]
     return states, inputs, params, [torch.randn(v.shape, dtype=torch.float64).to(dtype) for v in states]
 
 
@@ -143,12 +144,23 @@ def test_products_by_matrices_are_one_operation_in_every_form(form):
     assert found.pairs == (1, None)
 
 
-def test_mixing_that_is_not_by_a_matrix_is_named():
+def test_a_mean_over_a_head_is_a_sum_of_its_channels():
     @ps.cell(structure="headwise", width=4)
     def centered(h: ps.State, x: ps.Input):
         return torch.tanh(h - h.mean(-1, keepdim=True) + x)
 
     found = trace_of(centered)
+    assert found.graph is not None and found.adjoint is not None
+    assert [op for op, _ in found.graph.ops.values()] == ["total", "mul", "sub", "add", "tanh"]
+    assert [op for op, _ in found.adjoint.ops.values()].count("total") == 2  # of the state, and of the gradient
+
+
+def test_mixing_that_is_neither_by_a_matrix_nor_a_sum_is_named():
+    @ps.cell(structure="headwise", width=4)
+    def running(h: ps.State, x: ps.Input):
+        return torch.tanh(h.cumsum(-1) + x)
+
+    found = trace_of(running)
     assert found.graph is None and found.foreign
 
 
