@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ConvergenceError, GradientError
 from .chunks import Chunks
+from .settle import is_settled, moves, noise, passes_left, read, relative_moves
 
 # (steps (N, D) in chunked order, batch sizes or None, starts, weights) -> (outputs (N, H), ends); differentiable where gradients are on.
 Shoot = Callable[[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
@@ -220,10 +221,10 @@ def course(
     for k in range(1, task.planned):
         part = inner[(chunks.length - lead) * chunks.rows :] if k == 1 else inner
         after = chunks.hand_on(launch(task, chunks, part, starts, weights, None).ends, initial)
-        begun = _moved(after, starts).max() if begun is None else begun
+        begun = moves(after, starts).max() if begun is None else begun
         starts = after
     run = launch(task, chunks, inner, starts, weights, needed)
-    return Course(run, starts, begun, _moved(chunks.hand_on([e.detach() for e in run.ends], initial), starts).max())
+    return Course(run, starts, begun, moves(chunks.hand_on([e.detach() for e in run.ends], initial), starts).max())
 
 
 def judge(task: Task, begun: Tensor | None, moved: Tensor, dtype: torch.dtype) -> tuple[bool, float, float]:
@@ -233,9 +234,9 @@ def judge(task: Task, begun: Tensor | None, moved: Tensor, dtype: torch.dtype) -
     if chunks.count == 1:
         return True, 0.0, 0.0
     steps = task.guess(chunks) + (planned - 2) * chunks.length
-    rate, horizon, record.defect = _read(begun, moved, steps, planned, task.tol)
-    record.learn(0, horizon, not record.defect <= max(task.tol / 2, _noise(dtype)))
-    return planned == task.exact(chunks) or _settled(record.defect, rate, task.tol, dtype), rate, horizon
+    rate, horizon, record.defect = read(begun, moved, steps, planned, task.tol)
+    record.learn(0, horizon, not record.defect <= max(task.tol / 2, noise(dtype)))
+    return planned == task.exact(chunks) or is_settled(record.defect, rate, task.tol, dtype), rate, horizon
 
 
 def forward(
@@ -249,14 +250,14 @@ def forward(
     if done:
         return chunks, run
     planned = record.passes
-    if _further(horizon, chunks.length, planned) + 1 > task.affordable:
+    if passes_left(horizon, chunks.length, planned) + 1 > task.affordable:
         chunks, starts = _whole(task, initial, record.defect)
         return chunks, launch(task, chunks, x.index_select(0, chunks.order), starts, weights, needed)
     ends, y = [e.detach() for e in run.ends], run.ys[0].detach() if needed is None else None
     del run  # its graph
     while True:  # only chunks whose start still moves; those before them are exact, so this ends
         after = chunks.hand_on(ends, initial)
-        distance = _moved(after, starts)
+        distance = moves(after, starts)
         active = (~(distance <= tol * (1 - rate))).nonzero()[:, 0]
         record.defect = float(distance.max())
         if len(active) == 0:
@@ -321,9 +322,9 @@ def judge_back(task: Task, chunks: Chunks, came: Return, done: int, dtype: torch
     if done >= task.exact(chunks):
         return True, 0.0, 0.0
     steps = task.guess(chunks) + (done - 2) * chunks.length
-    rate, horizon, defect = _read(None, _relative(came.after, came.before), steps, done, task.tol)
-    task.record.learn(1, horizon, not defect <= max(task.tol / 2, _noise(dtype)))
-    return _settled(defect, rate, task.tol, dtype), horizon, defect
+    rate, horizon, defect = read(None, relative_moves(came.after, came.before), steps, done, task.tol)
+    task.record.learn(1, horizon, not defect <= max(task.tol / 2, noise(dtype)))
+    return is_settled(defect, rate, task.tol, dtype), horizon, defect
 
 
 def backward(
@@ -350,7 +351,7 @@ def backward(
         settled, horizon, defect = judge_back(task, chunks, came, done, x.dtype)
         if settled:
             break
-        further, run, across = _further(horizon, chunks.length, done), None, came.after
+        further, run, across = passes_left(horizon, chunks.length, done), None, came.after
         passes = int(min(further, task.exact(chunks) - done))
         if further > task.affordable:
             chunks, starts = _whole(task, initial, defect)
@@ -366,46 +367,3 @@ def gradients(chunks: Chunks, came: Return, needed: Sequence[bool]) -> list[Tens
     wanted = zip(came.by_starts, needed[1:], strict=False)
     d_initial = [g.index_select(0, chunks.first) if n else None for g, n in wanted]
     return [d_x, *d_initial, *(next(by_leaves) if n else None for n in needed[1 + states :])]
-
-
-def _moved(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
-    """How far each chunk's states moved (R,), relative to max(1, |state|). Equal infinities have not, nor have two NaNs."""
-    found = []
-    for a, b in zip(new, old, strict=True):
-        same = (a == b) | (a.isnan() & b.isnan())
-        found.append(((a - b).abs() / b.abs().clamp_min(1.0)).masked_fill(same, 0.0).amax(1))
-    return torch.stack(found).amax(0)
-
-
-def _relative(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
-    """The largest change of a gradient relative to the largest gradient, over all states."""
-    pairs = zip(new, old, strict=True)
-    return torch.stack(
-        [(a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny) for a, b in pairs]
-    ).amax()
-
-
-def _read(first: Tensor | None, last: Tensor, steps: int, passes: int, tol: float) -> tuple[float, float, float]:
-    """Waits for the device: contraction of a pass, steps in which a change of `first` (None: of 1) shrinks to `tol` if it shrank to
-    `last` in `steps`, and `last`."""
-    a, b = torch.stack([torch.ones_like(last) if first is None else first, last]).tolist()
-    if passes == 1 or not b < a:
-        return 0.0, (1.0 if b <= tol else math.inf), b
-    least = max(tol, 1e-30)
-    shrunk = math.log(max(b, 1e-3 * least) / a)
-    return min(math.exp(shrunk / (passes - 1)), 0.9), steps * max(math.log(least / a) / shrunk, 0.0), b
-
-
-def _noise(dtype: torch.dtype) -> float:
-    """What roundings of stored numbers move, pass after pass, however much a recurrence forgets."""
-    return 4 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0
-
-
-def _settled(defect: float, rate: float, tol: float, dtype: torch.dtype) -> bool:
-    """Whether what moved by `defect` will move by less than `tol` in all, contracting by `rate` a pass."""
-    return defect <= tol * (1 - rate) or (defect <= _noise(dtype) and defect * rate <= tol * (1 - rate))
-
-
-def _further(horizon: float, length: int, passes: int) -> float:
-    """Passes still to make; at least one."""
-    return max(math.ceil(horizon / length) + 1 - passes, 1) if math.isfinite(horizon) else math.inf
