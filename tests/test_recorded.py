@@ -2,8 +2,10 @@
 and, as graphs do, into the memory of the recording."""
 
 import copy
+import gc
 import pickle
 import sys
+import weakref
 
 import pytest
 import torch
@@ -207,3 +209,43 @@ def test_shapes_that_are_kept_are_bounded(device):
         for seed in range(4):
             results(parallel, inputs(device, seed, time=time))
     assert len(kept(parallel)) == MODULE.RECORDED
+
+
+class Once:
+    """Does not keep what it ran, as a graph does not, and never runs it again."""
+
+    pool = None
+
+    def __init__(self, run, stream, pool=None):
+        self.found = run()
+
+    def replay(self):
+        pass
+
+
+def test_a_module_that_is_gone_leaves_nothing(device, monkeypatch):
+    """Without waiting for the garbage collector: a recording holds much memory."""
+    if device.type == "cpu":
+        monkeypatch.setattr(recorded, "Graph", Once)
+        monkeypatch.setattr(MODULE, "choose", lambda shape, horizons, *_: [fixed(32, (96, 96)) for _ in horizons])
+    _, parallel = made("lstm", {"batch_first": True, "num_layers": 2}, device)
+    with torch.no_grad():
+        for seed in range(4):
+            parallel(inputs(device, seed).detach())
+    gone = [weakref.ref(r) for r in kept(parallel)]
+    gc.collect()
+    gc.disable()
+    try:
+        del parallel
+        assert gone and all(r() is None for r in gone)
+    finally:
+        gc.enable()
+
+
+def test_what_is_counted_of_shapes_may_be_forgotten_before_their_recording(device):
+    plain, parallel = made("gru", {"batch_first": True}, device)
+    before = learn(parallel, device)
+    parallel.__dict__["_calls"].clear()
+    before.failed = True
+    x = inputs(device, 3)
+    assert_equal(results(parallel, x), results(plain, x))

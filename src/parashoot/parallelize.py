@@ -143,9 +143,9 @@ class _Parallel(nn.RNNBase):
         if key in recordings and not intercepted:
             if all(r is None or r.usable for r in recordings[key][1]):
                 return recordings[key]
-            del recordings[key]
-            failures = calls[key].failures + 1
-            calls[key] = Calls(TIMED - 2 ** min(failures, 10), failures, faster=calls[key].faster)
+            before, (_, gone) = calls.get(key, Calls()), recordings.pop(key)
+            failures = before.failures + any(r is not None and r.failed for r in gone)
+            calls[key] = Calls(TIMED - 2 ** min(failures, 10), failures, faster=before.faster)
         resting = [r.rested(max(lengths)) for r in records]
         if any(resting):
             return None
@@ -157,6 +157,8 @@ class _Parallel(nn.RNNBase):
         may = calls[key].count <= TIMED and not isinstance(given, PackedSequence) and not intercepted
         faster = calls[key].faster
         recorded = choose(shape, horizons, True, faster) if may and _room(device) >= kept(shape) else None
+        if recorded is not None and any(max(lengths) % c.length for c in recorded):
+            recorded = None  # chunks of two lengths run as packed sequences
         if recorded is not None and calls[key].count == TIMED:
             return recordings.add(key, recorded, RECORDED)
         plan = choose(shape, horizons, False, faster)
@@ -290,7 +292,7 @@ class _Parallel(nn.RNNBase):
         weights = partial(self._weights, k)
         if recordings is not None:
             recorded = recordings[k] = recordings[k] or Recorded(task, x, initial, weights, self.all_weights[k])
-            found = recorded.run(x, initial, self.all_weights[k])
+            found = recorded.run(x, initial, weights, self.all_weights[k])
             if found is not None:
                 return found
         return solve(task, x, initial, weights(x))

@@ -19,6 +19,9 @@ from .black_box import back as come_back
 RENEW = 8192  # passes after which a recording is made again, by what the plan knows then
 
 
+Weights = Callable[[Tensor], list[Tensor]]  # those of the moment, for inputs like the one given
+
+
 class Graph:
     """`run`, which returns tensors of its own, as a CUDA graph: `replay` computes what `found` holds again."""
 
@@ -58,9 +61,9 @@ class Recorded:
     """
 
     def __init__(
-        self, task: Task, x: Tensor, initial: Sequence[Tensor], weights: Callable[[Tensor], list[Tensor]], raw: Sequence[Tensor]
+        self, task: Task, x: Tensor, initial: Sequence[Tensor], weights: Weights, raw: Sequence[Tensor]
     ):  # fmt: skip
-        self.task, self.weights, self.turn, self.failed = task, weights, 0, False
+        self.task, self.turn, self.failed = task, 0, False
         self.needed, self.addresses = _needed(x, initial, raw), [w.data_ptr() for w in raw]
         self.waiting: weakref.ref[_Call] | None = None
         with torch.inference_mode(False), torch.no_grad():
@@ -69,16 +72,16 @@ class Recorded:
             self.dy, self.d_final = self.inner, [torch.zeros_like(v) for v in self.initial]
             self.here, self.behind = current(x.device), None
             try:
-                stream = warm(self._once, x.device)
-                self.ahead = Graph(self._ahead, stream)
+                stream = warm(lambda: self._once(weights), x.device)
+                self.ahead = Graph(lambda: self._ahead(weights), stream)
                 if self.needed:
                     self.behind = Graph(lambda: self._back(self.ahead.found), stream, self.ahead.pool)
             except RuntimeError:  # no memory left, or a library that does not let itself be recorded: run without
                 self.failed = True
 
-    def _once(self) -> None:
+    def _once(self, weights: Weights) -> None:
         """All that will be recorded: cuDNN makes what it needs on a stream in a first call there."""
-        came = self._ahead()
+        came = self._ahead(weights)
         if self.needed:
             self.dy = torch.zeros_like(torch.cat(list(came.run.ys)))
             self._back(came)
@@ -88,14 +91,16 @@ class Recorded:
         """Whether it settles, and is not so old that another plan may be better."""
         return not self.failed and self.turn < RENEW
 
-    def _ahead(self) -> Course:
-        return course(self.task, self.inner, self.initial, self.weights(self.inner), self.needed)
+    def _ahead(self, weights: Weights) -> Course:
+        return course(self.task, self.inner, self.initial, weights(self.inner), self.needed)
 
     def _back(self, came: Course) -> Return:
         passes = min(self.task.passes[1], self.task.exact(self.task.chunks))
         return come_back(self.task, self.task.chunks, came.run, self.dy, self.d_final, None, passes)
 
-    def run(self, x: Tensor, initial: Sequence[Tensor], raw: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
+    def run(
+        self, x: Tensor, initial: Sequence[Tensor], weights: Weights, raw: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]] | None:
         """As `solve`: outputs (N, H) in the order of x, final states (B, H); None: not this time."""
         call = self.waiting and self.waiting()
         if self.failed or (call and not call.done) or self.addresses != [w.data_ptr() for w in raw]:
@@ -115,7 +120,7 @@ class Recorded:
         self.task.record.recorded = True
         if not self.needed:
             return outcome(self.task.chunks, found.run)
-        y, *final = _Replay.apply(self, len(initial), x, *initial, *raw)  # type: ignore[misc]
+        y, *final = _Replay.apply(self, weights, len(initial), x, *initial, *raw)  # type: ignore[misc]
         return y, final
 
     def backward(self, turn: int, dy: Tensor, d_final: Sequence[Tensor]) -> list[Tensor | None] | None:
@@ -143,10 +148,10 @@ class _Call:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, recorded: Recorded, states: int, x: Tensor, *tensors: Tensor):  # type: ignore[override]
+    def forward(ctx, recorded: Recorded, weights: Weights, states: int, x: Tensor, *tensors: Tensor):  # type: ignore[override]
         ctx.save_for_backward(x, *tensors)
         found = recorded.ahead.found
-        ctx.recorded, ctx.states, ctx.turn, ctx.call = recorded, states, recorded.turn, _Call()
+        ctx.recorded, ctx.weights, ctx.states, ctx.turn, ctx.call = recorded, weights, states, recorded.turn, _Call()
         ctx.starts = [v.detach().clone() for v in found.starts]
         recorded.waiting = weakref.ref(ctx.call)
         y, final = outcome(recorded.task.chunks, found.run)
@@ -164,7 +169,7 @@ class _Replay(torch.autograd.Function):
                     [v.detach().to(dy.dtype) for v in (x, *tensors[:states])],
                     ctx.starts,
                 )
-                weights = recorded.weights(given[0])
+                weights = ctx.weights(given[0])
                 found = backward(
                     task, task.chunks, None, given[0], starts, given[1:], weights, dy, by_final, recorded.needed
                 )
@@ -173,7 +178,7 @@ class _Replay(torch.autograd.Function):
             ]
         if torch.is_grad_enabled():
             grads = once(grads, dy, *d_final, x, *tensors)
-        return None, None, *grads
+        return None, None, None, *grads
 
 
 def _needed(x: Tensor, initial: Sequence[Tensor], raw: Sequence[Tensor]) -> tuple[bool, ...] | None:
