@@ -249,3 +249,35 @@ def test_what_is_counted_of_shapes_may_be_forgotten_before_their_recording(devic
     before.failed = True
     x = inputs(device, 3)
     assert_equal(results(parallel, x), results(plain, x))
+
+
+def test_it_is_made_again_for_other_parameters_copies_and_shapes_that_come_back(device):
+    plain, parallel = made("gru", {"batch_first": True}, device)
+    first = learn(parallel, device)
+    for p in plain.parameters():
+        p.data = p.data.clone()
+    for seed in range(30):
+        x = inputs(device, seed)
+        assert_equal(results(parallel, x), results(plain, x))
+    assert kept(parallel)[0] is not first and kept(parallel)[0].usable
+    assert learn(copy.deepcopy(parallel), device).usable and learn(ps.parallelize(parallel), device).usable
+    for time in range(192, 192 + 32 * MODULE.RECORDED, 32):
+        for seed in range(5):
+            results(parallel, inputs(device, seed, time=time))
+    again = len(parallel.__dict__["_recordings"])
+    for seed in range(MODULE.AGAIN + 2):
+        results(parallel, inputs(device, seed))
+    assert parallel.info[0].recorded and len(parallel.__dict__["_recordings"]) == again == MODULE.RECORDED
+
+
+def test_numbers_that_are_not_finite_are_not_its_failure(device):
+    plain, parallel = made("gru", {"batch_first": True}, device)
+    before, x = learn(parallel, device), inputs(device, 1)
+    y = parallel(x)[0]
+    torch.autograd.grad(y, x, torch.full_like(y, torch.inf))
+    bad = x.detach().clone()
+    bad[0, 40] = torch.nan
+    with torch.no_grad():
+        parallel(bad)
+    assert kept(parallel)[0] is before and before.usable
+    assert_equal(results(parallel, x), results(plain, x))

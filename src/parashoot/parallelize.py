@@ -18,7 +18,7 @@ from .parallel_plan import MACHINES, SHORTEST, Cut, Shape, choose, fixed, kept, 
 from .plan import MultipleShooting, Sequential, Solver, check_solver
 from .solve.black_box import Record, Task, solve
 from .solve.chunks import conjugate, cut
-from .solve.recorded import Recorded, Recordings
+from .solve.recorded import Own, Recorded
 
 _CALLS = {"GRU": _VF.gru, "LSTM": _VF.lstm, "RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu}
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -26,6 +26,7 @@ TIMED = 3  # call of a shape on which both ways are timed
 SHAPES = 256  # of which calls are counted
 ENOUGH = 512  # steps from which the time of a plain call is told
 RECORDED = 4  # shapes whose passes a module keeps as CUDA graphs
+AGAIN = 64  # calls of a shape that gave way to others until it is recorded again
 _TF32 = 2e-4  # a state's rounding to ten bits in products is not below this
 
 Course = tuple[Sequence[Cut], list[Recorded | None] | None]  # for each layer and direction
@@ -138,10 +139,11 @@ class _Parallel(nn.RNNBase):
         if self._asked is not None:
             length = min(self._asked, max(lengths))
             return [fixed(length, r.horizon()) for r in records], None
-        key, recordings = self._key(given, lengths), self.__dict__.setdefault("_recordings", Recordings())
-        calls, intercepted = self.__dict__.setdefault("_calls", {}), _intercepted()
+        key, recordings = self._key(given, lengths), self.__dict__.setdefault("_recordings", Own())
+        calls, intercepted = self.__dict__.setdefault("_calls", Own()), _intercepted()
         if key in recordings and not intercepted:
             if all(r is None or r.usable for r in recordings[key][1]):
+                recordings[key] = recordings.pop(key)  # the last used stand last
                 return recordings[key]
             before, (_, gone) = calls.get(key, Calls()), recordings.pop(key)
             failures = before.failures + any(r is not None and r.failed for r in gone)
@@ -160,7 +162,12 @@ class _Parallel(nn.RNNBase):
         if recorded is not None and any(max(lengths) % c.length for c in recorded):
             recorded = None  # chunks of two lengths run as packed sequences
         if recorded is not None and calls[key].count == TIMED:
-            return recordings.add(key, recorded, RECORDED)
+            recordings[key] = recorded, [None] * len(recorded)
+            if len(recordings) > RECORDED:
+                oldest = next(iter(recordings))
+                del recordings[oldest]
+                calls[oldest] = Calls(TIMED - AGAIN, faster=calls.get(oldest, Calls()).faster)
+            return recordings[key]
         plan = choose(shape, horizons, False, faster)
         if plan is None and recorded is None and choose(shape, (Record().horizon(),) * len(records), False, faster):
             for r in records:
@@ -171,7 +178,8 @@ class _Parallel(nn.RNNBase):
         """What calls have in common that are timed once and may share a recording."""
         x = given.data if isinstance(given, PackedSequence) else given
         size = lengths if isinstance(given, PackedSequence) else x.shape
-        return size, x.dtype, x.device, x.requires_grad, _autocast_dtype(x), _tf32(x), torch.is_grad_enabled()
+        needs = (torch.is_grad_enabled(), x.requires_grad, *(p.requires_grad for p in self.parameters()))
+        return size, x.dtype, x.device, needs, _autocast_dtype(x), _tf32(x), self.solver
 
     def _shape(self, given: Any, lengths: tuple[int, ...]) -> Shape:
         x = given.data if isinstance(given, PackedSequence) else given

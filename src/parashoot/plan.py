@@ -114,7 +114,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 # Seconds for one elementwise operation: to start it, and for each element (measured on two CPU cores and on an H100).
 _COST = {"cpu": (2.5e-6, 0.35e-9), "cuda": (6e-6, 0.006e-9)}
 _WINDOW = {"cpu": 2**17, "cuda": 2**24}
-_PATIENCE = {True: 8, False: 4}  # sweeps that any channelwise cell is given, and others, whose Jacobians cost more
 _EXACT_WIDTH = 16  # widest matrices for which exact products are cheaper than further sweeps
 
 
@@ -160,9 +159,13 @@ def make_plan(
     tol = solver.tol if solver.tol is not None else _tolerance(tol, jacobian, dtype)
     chunks = -(-time // length)
     patience = None
-    least = _PATIENCE[cell.structure == "channelwise"]
+    cheap = jacobian == "zero" or cell.structure == "channelwise"
+    least, share = (
+        (8 if cheap else 4),
+        (8 if jacobian == "zero" else 32),
+    )  # a sweep with Jacobians costs several without
     if solver.chunk_length == "auto" and solver.max_iters is None and chunks > least:
-        patience = max(least, chunks // 32)  # a sweep with Jacobians costs several without
+        patience = max(least, chunks // share)
         reasons.append(f"what {patience} sweeps have not made exact runs in order")
     autograd = chunks == 1 and _by_autograd(cell, x_shape, device, ops[0])
     return Plan(

@@ -6,6 +6,7 @@ does not settle is run again without graphs. A recording keeps the memory of one
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from .black_box import Course, Return, Task, backward, course, gradients, judge, judge_back, once, outcome
 from .black_box import back as come_back
 
+MISSES = 8  # calls in a row with other parameters, needs or stream, before it is given up
 RENEW = 8192  # passes after which a recording is made again, by what the plan knows then
 
 
@@ -63,7 +65,7 @@ class Recorded:
     def __init__(
         self, task: Task, x: Tensor, initial: Sequence[Tensor], weights: Weights, raw: Sequence[Tensor]
     ):  # fmt: skip
-        self.task, self.turn, self.failed = task, 0, False
+        self.task, self.turn, self.missed, self.failed = task, 0, 0, False
         self.needed, self.addresses = _needed(x, initial, raw), [w.data_ptr() for w in raw]
         self.waiting: weakref.ref[_Call] | None = None
         with torch.inference_mode(False), torch.no_grad():
@@ -103,9 +105,12 @@ class Recorded:
     ) -> tuple[Tensor, list[Tensor]] | None:
         """As `solve`: outputs (N, H) in the order of x, final states (B, H); None: not this time."""
         call = self.waiting and self.waiting()
-        if self.failed or (call and not call.done) or self.addresses != [w.data_ptr() for w in raw]:
+        if self.failed or (call and not call.done):
             return None
-        if self.needed != _needed(x, initial, raw) or current(x.device) != self.here:
+        same = self.addresses == [w.data_ptr() for w in raw] and self.needed == _needed(x, initial, raw)
+        self.missed = 0 if same and current(x.device) == self.here else self.missed + 1
+        self.failed = self.missed > MISSES
+        if self.missed:
             return None
         self.turn += 1
         with torch.no_grad():
@@ -114,8 +119,9 @@ class Recorded:
                 mine.copy_(given)
             self.ahead.replay()
             found = self.ahead.found
-            self.failed = not judge(self.task, found.begun, found.moved, self.inner.dtype)[0]
-        if self.failed:
+            settled = judge(self.task, found.begun, found.moved, self.inner.dtype)[0]
+        if not settled:
+            self.failed = math.isfinite(self.task.record.defect)  # else it is the numbers that failed
             return None
         self.task.record.recorded = True
         if not self.needed:
@@ -134,9 +140,9 @@ class Recorded:
         self.turn += 1
         self.behind.replay()
         passes = min(task.passes[1], task.exact(chunks))
-        settled, _, _ = judge_back(task, chunks, self.behind.found, passes, self.inner.dtype)
+        settled, _, defect = judge_back(task, chunks, self.behind.found, passes, self.inner.dtype)
         task.record.backward_passes = passes
-        self.failed = not settled
+        self.failed = not settled and math.isfinite(defect)
         return gradients(chunks, self.behind.found, self.needed or ()) if settled else None
 
 
@@ -186,15 +192,8 @@ def _needed(x: Tensor, initial: Sequence[Tensor], raw: Sequence[Tensor]) -> tupl
     return needed if torch.is_grad_enabled() and any(needed) else None
 
 
-class Recordings(dict[Any, tuple[Sequence[Any], list[Recorded | None]]]):
-    """By what is given: the plan, and a recording for each layer and direction (None: yet to be made). Not copied with what holds it."""
-
-    def add(self, key: Any, plan: Sequence[Any], most: int) -> tuple[Sequence[Any], list[Recorded | None]]:
-        """Room for another; the oldest of more than `most` gives way."""
-        self[key] = plan, [None] * len(plan)
-        if len(self) > most:
-            del self[next(iter(self))]
-        return self[key]
+class Own(dict[Any, Any]):
+    """What is not copied with the module that holds it."""
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return Recordings, ()
+        return type(self), ()

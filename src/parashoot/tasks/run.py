@@ -27,6 +27,7 @@ from .task import METRICS, Samples, rates, tally
 
 LOGITS = 2**25  # the most that one pass of an evaluation forms
 PROBED = MultipleShooting(chunk_length=16, backend="torch")  # sweeps of Newton's method, in PyTorch operations
+LATER = {"curriculum": [], "stop_early": True, "metric": None, "probe": None}  # fields that older rows lack
 LEARNED = 0.95  # of last answers, before a curriculum moves on
 
 
@@ -73,6 +74,7 @@ def read(path: Path) -> list[Row]:
             row = json.loads(line) if line else None
             if row is not None:
                 _ = row["trial"]["task"], row["test"], row["validation"]
+                row["trial"] = {**LATER, **row["trial"]}
                 rows.append(row)
         except (ValueError, KeyError, TypeError):
             if number < len(lines):

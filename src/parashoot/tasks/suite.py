@@ -108,6 +108,8 @@ class Trial:
         object.__setattr__(self, "curriculum", list(self.curriculum))
         for length in (*self.curriculum, self.length):
             self.samples("train", length)
+        if self.probe is not None:
+            self.samples("validation", self.probe)
         for length in self.test_lengths:
             self.samples("test", length)
 
