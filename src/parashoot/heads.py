@@ -23,9 +23,8 @@ import torch
 from .graph import Atom, Builder, Graph, UnknownOperation, convert
 
 Label = str | int  # "rows", "heads", or the number of an axis of length n
-Factor = tuple[
-    Atom, tuple[Label, ...]
-]  # a vector with its axis, a matrix with its two, a constant or a head's number with none
+# A vector with its axis, a matrix with its two, a constant or a head's number with none.
+Factor = tuple[Atom, tuple[Label, ...]]
 _fresh = itertools.count()
 _NOTHING: tuple[Factor, ...] = ((0.0, ()),)
 

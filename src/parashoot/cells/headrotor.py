@@ -22,7 +22,7 @@ def dot(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def reflect(s: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """s mirrored in the plane across k, for each head."""
+    """s mirrored in the hyperplane across k, for each head."""
     return s - k * (2 * dot(k, s) / (dot(k, k) + 1e-6))
 
 

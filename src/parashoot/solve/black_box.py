@@ -106,6 +106,11 @@ class Task:
         exact = self.exact(self.chunks)
         return min(self.passes[0], exact, self.limit or exact)
 
+    @property
+    def planned_back(self) -> int:
+        """Backward passes made before looking."""
+        return min(self.passes[1], self.exact(self.chunks))
+
 
 class Run(NamedTuple):
     """A pass over all chunks: its inputs, as leaves of a graph where gradients are on, and what came: outputs up to the states

@@ -14,13 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .black_box import Course, Return, Task, backward, course, gradients, judge, judge_back, once, outcome
-from .black_box import back as come_back
+from .black_box import Course, Return, Task, back, backward, course, gradients, judge, judge_back, once, outcome
 
 MISSES = 8  # calls in a row with other parameters, needs or stream, before it is given up
 RENEW = 8192  # passes after which a recording is made again, by what the plan knows then
-
-
 Weights = Callable[[Tensor], list[Tensor]]  # those of the moment, for inputs like the one given
 
 
@@ -97,8 +94,7 @@ class Recorded:
         return course(self.task, self.inner, self.initial, weights(self.inner), self.needed)
 
     def _back(self, came: Course) -> Return:
-        passes = min(self.task.passes[1], self.task.exact(self.task.chunks))
-        return come_back(self.task, self.task.chunks, came.run, self.dy, self.d_final, None, passes)
+        return back(self.task, self.task.chunks, came.run, self.dy, self.d_final, None, self.task.planned_back)
 
     def run(
         self, x: Tensor, initial: Sequence[Tensor], weights: Weights, raw: Sequence[Tensor]
@@ -139,9 +135,8 @@ class Recorded:
             mine.copy_(given)
         self.turn += 1
         self.behind.replay()
-        passes = min(task.passes[1], task.exact(chunks))
-        settled, _, defect = judge_back(task, chunks, self.behind.found, passes, self.inner.dtype)
-        task.record.backward_passes = passes
+        settled, _, defect = judge_back(task, chunks, self.behind.found, task.planned_back, self.inner.dtype)
+        task.record.backward_passes = task.planned_back
         self.failed = not settled and math.isfinite(defect)
         return gradients(chunks, self.behind.found, self.needed or ()) if settled else None
 
@@ -170,15 +165,10 @@ class _Replay(torch.autograd.Function):
         with torch.no_grad():
             found, ctx.call.done = recorded.backward(ctx.turn, dy, by_final), True
             if found is None:
-                task, given, starts = (
-                    recorded.task,
-                    [v.detach().to(dy.dtype) for v in (x, *tensors[:states])],
-                    ctx.starts,
-                )
-                weights = ctx.weights(given[0])
+                task, given = recorded.task, [v.detach().to(dy.dtype) for v in (x, *tensors[:states])]
                 found = backward(
-                    task, task.chunks, None, given[0], starts, given[1:], weights, dy, by_final, recorded.needed
-                )
+                    task, task.chunks, None, given[0], ctx.starts, given[1:], ctx.weights(given[0]), dy, by_final, recorded.needed
+                )  # fmt: skip
             grads: Sequence[Tensor | None] = [  # copies: those by weights lie in the recording
                 g if g is None else g.to(v.dtype, copy=True) for g, v in zip(found, (x, *tensors), strict=True)
             ]
