@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -102,6 +103,20 @@ def test_models_are_causal(model):
         a, b = made(input_ids=ids).logits, made(input_ids=changed).logits
     assert a.shape == (2, 12, 10)
     assert torch.allclose(a[:, :7], b[:, :7], atol=1e-6) and not torch.allclose(a[:, 7:], b[:, 7:])
+
+
+@pytest.mark.parametrize("model", ["cell:gru", "block:gru"])
+def test_an_initial_bias_is_added_to_the_gates_of_all_layers(model):
+    sizes = {"hidden_size": 8, "num_layers": 2, "num_heads": 1, "recurrent_clip": None, "solver": "parallel"}
+    made = []
+    for bias in (None, {"r": -2.0, "c": 0.5}):
+        torch.manual_seed(0)
+        made.append(build_model(model, 10, **sizes, initial_bias=bias).state_dict())
+    changed = {name for name in made[0] if not made[0][name].equal(made[1][name])}
+    assert len(changed) == 2
+    for name in changed:
+        added = made[1][name] - made[0][name]
+        assert added.equal(torch.tensor([0.0, -2.0, 0.5])[:, None].expand(3, 8))  # z, r, c
 
 
 def test_an_evaluation_does_not_depend_on_its_batches(monkeypatch):
@@ -205,6 +220,16 @@ def test_the_suites_are_well_formed():
         ),
         ({"task": "parity", "model": "cell:gru", "probe": 0}, "probe: got 0"),
         ({"task": "parity", "model": "cell:gru", "stop_early": 1}, "stop_early: got int 1"),
+        ({"task": "parity", "model": "cell:gru", "initial_bias": 3}, "initial_bias: got int 3"),
+        (
+            {"task": "parity", "model": "cell:gru", "initial_bias": {"f": 3}},
+            "initial_bias: got 'f'; expected one of z, r, c, the inputs of cell:gru",
+        ),
+        (
+            {"task": "parity", "model": "torch:gru", "initial_bias": {"z": 3}},
+            "initial_bias: got 'z'; expected one of none",
+        ),
+        ({"task": "parity", "model": "cell:gru", "initial_bias": {"z": math.nan}}, "initial_bias of z: got nan"),
         ({"task": "parity", "model": "cell:gru", "solver": "fast"}, "solver: got 'fast'"),
         ({"task": "parity", "model": "cell:gru", "shortest": 3}, "option of parity: got 'shortest'"),
         ({"task": "parity", "model": "cell:gru", "test_lengths": []}, "test_lengths: got []"),
@@ -223,7 +248,7 @@ def test_the_command_line_reports_in_one_line(tmp_path, monkeypatch, capsys):
     Path("broken.json").write_text("{")
     Path("rows.jsonl").write_text('{"trial": 3}\n{"trial": 3}\n')
     wrong = {
-        "run nothing": "SUITE: got 'nothing'; expected one of paper, tracking, words, quick",
+        "run nothing": "SUITE: got 'nothing'; expected one of paper, tracking, words, arithmetic, quick",
         "run broken.json": "which is not JSON",
         "render nowhere.jsonl": "FILE: got 'nowhere.jsonl'; expected an existing results file",
         "render rows.jsonl": "line 1",

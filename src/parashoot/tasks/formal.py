@@ -15,12 +15,14 @@ def arithmetic_words(modulus: int, **_: object) -> Words:
 
 
 @task(arithmetic_words, "last")
-def arithmetic(draw: Draw, length: int, modulus: int = 5, shortest: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """What is the value of this expression without brackets, modulo a number? Asked at its end.
+def arithmetic(
+    draw: Draw, length: int, modulus: int = 5, every: bool = False, shortest: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is the value of this expression without brackets, modulo a number? Asked at its end, or, with `every`, at every digit.
 
     >>> print(TASKS["arithmetic"].build(0, length=7).show())
-    in  0 * 4 * 4 * 1
-    out . . . . . . 0
+    in  3 * 4 - 2 * 0
+    out . . . . . . 2
 
     Digits, and between them +, - or *, which binds tighter. An expression has an odd number of tokens: from an even length one is
     left blank. With `shortest` expressions have about that many tokens or more, and blanks after them. Source: Deletang et al. 2022
@@ -40,7 +42,8 @@ def arithmetic(draw: Draw, length: int, modulus: int = 5, shortest: int | None =
         term = np.where(op == 2, term * d, np.where(op == 1, -d, d)) % modulus
         y[:, 2 * k] = (total + term) % modulus
     t = np.arange(length)
-    return np.where(t > ends, modulus + 5, x), np.where(t == ends, y, IGNORED)
+    asked = t <= ends if every else t == ends
+    return np.where(t > ends, modulus + 5, x), np.where(asked, y, IGNORED)
 
 
 @task(arithmetic_words, "last")

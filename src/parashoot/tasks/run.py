@@ -27,7 +27,13 @@ from .task import METRICS, Samples, rates, tally
 
 LOGITS = 2**25  # the most that one pass of an evaluation forms
 PROBED = MultipleShooting(chunk_length=16, backend="torch")  # sweeps of Newton's method, in PyTorch operations
-LATER = {"curriculum": [], "stop_early": True, "metric": None, "probe": None}  # fields that older rows lack
+LATER = {
+    "curriculum": [],
+    "stop_early": True,
+    "metric": None,
+    "probe": None,
+    "initial_bias": {},
+}  # fields that older rows lack
 LEARNED = 0.95  # of last answers, before a curriculum moves on
 
 
@@ -95,9 +101,8 @@ def train(trial: Trial, device: torch.device, text: str = "") -> Row:
     torch.manual_seed(trial.seed)
     stages = [trial.samples("train", length) for length in (*trial.curriculum, trial.length)]
     data, validation = stages.pop(0), trial.samples("validation", trial.length)
-    sizes = {
-        name: getattr(trial, name) for name in ("hidden_size", "num_layers", "num_heads", "recurrent_clip", "solver")
-    }
+    names = ("hidden_size", "num_layers", "num_heads", "recurrent_clip", "initial_bias", "solver")
+    sizes = {name: getattr(trial, name) for name in names}
     model = build_model(trial.model, data.vocab_size, **sizes).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=trial.learning_rate, weight_decay=trial.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, trial.steps)

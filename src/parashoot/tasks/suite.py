@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..cells.find import find_cell
 from ..errors import bad_type, bad_value
 from ..lm.config import checked_names, is_count
 from .models import SOLVERS, parts
@@ -32,7 +33,7 @@ class Trial:
     - `probe`: the length of the sequences on which it is counted at each validation how many sweeps the recurrence takes, in chunks of 16;
       None: on the last training batch, as it was solved.
     - `metric` that is validated and reported: "token", "sequence" or "last"; None: the task's.
-    - `hidden_size`, `num_layers`, `num_heads`, `recurrent_clip`, `solver`: the model's.
+    - `hidden_size`, `num_layers`, `num_heads`, `recurrent_clip`, `initial_bias`, `solver`: the model's.
 
     The defaults are the paper's, as far as it gives them: its number of epochs is not known. Raises `ArgumentError` and
     `ArgumentTypeError`. Source: Danieli et al. 2025 (ParaRNN, arXiv 2510.21450).
@@ -61,6 +62,7 @@ class Trial:
     num_layers: int = 1
     num_heads: int = 1
     recurrent_clip: float | None = 0.9
+    initial_bias: dict[str, float] | None = None
     solver: str = "parallel"
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ class Trial:
         object.__setattr__(self, "options", self.options or {})
         if self.solver not in SOLVERS:
             bad_value("solver", repr(self.solver), f"one of {', '.join(SOLVERS)}")
-        parts(self.model)
+        self._check_bias()
         object.__setattr__(self, "test_lengths", list(self.test_lengths))
         object.__setattr__(self, "curriculum", list(self.curriculum))
         for length in (*self.curriculum, self.length):
@@ -112,6 +114,20 @@ class Trial:
             self.samples("validation", self.probe)
         for length in self.test_lengths:
             self.samples("test", length)
+
+    def _check_bias(self) -> None:
+        kind, cell = parts(self.model)
+        if not isinstance(self.initial_bias, (dict, type(None))):
+            bad_type("initial_bias", self.initial_bias, "an object of numbers by the names of the cell's inputs")
+        known = () if kind == "torch" or cell == "attention" else find_cell(cell).inputs
+        for name, value in (self.initial_bias or {}).items():
+            if name not in known:
+                bad_value(
+                    "initial_bias", repr(name), f"one of {', '.join(known) or 'none'}, the inputs of {self.model}"
+                )
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                bad_value(f"initial_bias of {name}", repr(value), "a finite number")
+        object.__setattr__(self, "initial_bias", self.initial_bias or {})
 
     def samples(self, split: str, length: int) -> Samples:
         """Those of a split; all trials share validation and test samples."""
@@ -164,10 +180,10 @@ LONGER = [100, 200, 400]
 
 SUITES: dict[str, dict[str, Any]] = {
     "paper": {
-        "defaults": {"seeds": [0, 1, 2]},
+        "defaults": {"seeds": [0, 1, 2], "learning_rates": [3e-3, 5e-4]},
         "runs": [
-            {"task": "keep_nth", "models": BARE},
-            {"task": "parity", "models": BARE, "recurrent_clip": None, "test_lengths": LONGER},
+            {"task": "keep_nth", "models": BARE, "recurrent_clip": None, "learning_rates": [1e-2, 3e-3, 5e-4]},
+            {"task": "parity", "models": BARE, "recurrent_clip": None, "learning_rates": [5e-4], "test_lengths": LONGER},
             {"task": "mqar", "models": [*BLOCK, "block:attention"]},
             {"task": "khop", "models": [*BLOCK, "block:attention"]},
             {"task": "khop", "models": [*BLOCK, "block:attention"], "options": {"k": 2, "vocab": 5}},
@@ -194,6 +210,15 @@ SUITES: dict[str, dict[str, Any]] = {
             "stop_early": False, "probe": 1024,
         },
         "runs": [{"task": "a5"}, {"task": "s5", "steps": 4000}],
+    },
+    "arithmetic": {
+        "defaults": {
+            "models": ["block:headrotor"], "seeds": [0, 1, 2], "learning_rates": [3e-3], "recurrent_clip": None, "num_layers": 2,
+            "initial_bias": {"z": 3.0}, "length": 39, "curriculum": [3, 7, 13, 21, 31], "test_lengths": [39, 127, 255],
+            "train_samples": None, "test_samples": 2000, "batch_size": 128, "weight_decay": 0.1, "steps": 5000,
+            "validate_every": 500, "stop_early": False,
+        },
+        "runs": [{"task": "arithmetic", "options": {"every": True}}],
     },
     "quick": {
         "defaults": {
