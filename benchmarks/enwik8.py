@@ -2,11 +2,13 @@
 
     python benchmarks/enwik8.py sweep [--steps 600] [--jobs 4]     # every model at its three rates, and the GRU's variants
     python benchmarks/enwik8.py final [--steps 5000] [--jobs 1]    # each model at its best rate of the sweep, then `parashoot eval`
+    python benchmarks/enwik8.py time [--steps 5000] [--jobs 1]     # the same, for as long as ParaGRU takes for its steps
     python benchmarks/enwik8.py table                              # prints the results as Markdown
 
 Needs data/enwik8 (`parashoot data data/enwik8 enwik8`). Runs lie in runs/enwik8; rows go to --out, and what has one there is not run
-again. `--jobs` runs share a GPU, so their own times say little: `benchmarks/lm_step.py` measures a step of the same models on a GPU of
-its own.
+again. `--jobs` runs share a GPU, so their own times say little. Speeds come from a GPU to itself, rows of
+
+    python benchmarks/lm_step.py --models recipes/enwik8-*.json --shapes 32x2048 --compile --out benchmarks/results/lm-step.jsonl
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 
 import torch
 
-from parashoot.bench.results import facts
+from parashoot.bench.results import facts, markdown
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/enwik8")
@@ -74,7 +76,7 @@ class Job:
             _parashoot(gpu, path, "train", str(path), *where)
         found = json.loads(report.read_text())
         row |= {k: found[k] for k in ("validation_bits_per_byte", "minutes", "tokens_per_s")}
-        if self.kind == "final":
+        if self.kind != "sweep":
             text = _parashoot(gpu, path, "eval", str(self.directory), "--split", "test", "--streams", "32")
             row["test_bits_per_byte"] = float(re.findall(r"bits per byte\s+([\d.]+)", text)[0])
         return row
@@ -96,6 +98,27 @@ def sweep(steps: int) -> list[Job]:
     jobs += [Job("paragru", steps, middle, "sweep", name, changes) for name, changes in VARIANTS.items()]
     # Its kernels tune themselves for minutes, once: later runs find the result on the disk.
     return sorted(jobs, key=lambda job: job.recipe == "gated-delta" and job.rate != RATES[job.recipe][0])
+
+
+def speeds(path: Path) -> dict[str, dict[str, Any]]:
+    """The newest row of each recipe in the results of lm_step.py, at the recipe's shape."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    named = {f"enwik8-{model}": model for model in RATES}
+    rows = [r for r in rows if Path(r["model"]).stem in named and (r["batch"], r["length"]) == (32, 2048) and "ms" in r]
+    return {named[Path(r["model"]).stem]: r for r in rows}
+
+
+def equal_time(steps: int, rows: list[dict[str, Any]], speed: dict[str, dict[str, Any]]) -> list[Job]:
+    """The models of `final` but ParaGRU, each with as many steps as it makes while that one makes `steps`."""
+    if speed.keys() < RATES.keys():
+        raise SystemExit(
+            f"no speed of {sorted(RATES.keys() - speed.keys())}: measure it with lm_step.py, as --help says"
+        )
+    jobs = [job for job in final(steps, rows) if job.recipe != "paragru"]
+    return [
+        Job(job.recipe, round(steps * speed["paragru"]["ms"] / speed[job.recipe]["ms"]), job.rate, "time")
+        for job in jobs
+    ]
 
 
 def final(steps: int, rows: list[dict[str, Any]]) -> list[Job]:
@@ -137,32 +160,45 @@ def run(jobs: list[Job], lanes: int, out: Path, where: dict[str, Any]) -> None:
         list(pool.map(one, jobs))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown of the sweep and of the results on the test split."""
-    lines = ["| model | rate | steps | validation | test |", "|---|---|---|---|---|"]
-    for r in sorted(rows, key=lambda r: (r["kind"], r["model"], r["variant"], r["learning_rate"])):
-        test = f"{r['test_bits_per_byte']:.4f}" if "test_bits_per_byte" in r else ""
+def table(rows: list[dict[str, Any]], speed: dict[str, dict[str, Any]]) -> str:
+    """Markdown of the results on the test split, with the speed of a GPU to itself, and of the sweep."""
+    ran = [["model", "rate", "steps", "parameters", "tokens", "tokens/s", "minutes", "validation", "test"]]
+    swept = [["model", "rate", "steps", "validation"]]
+    for r in sorted(rows, key=lambda r: (r["kind"], r["steps"], r["model"], r["variant"], r["learning_rate"])):
         name = f"{r['model']}, {r['variant']}" if r["variant"] else r["model"]
-        lines.append(
-            f"| {name} | {r['learning_rate']:g} | {r['steps']} | {r['validation_bits_per_byte']:.4f} | {test} |"
-        )
-    return "\n".join(lines)
+        head, score = [name, f"{r['learning_rate']:g}", f"{r['steps']:,}"], f"{r['validation_bits_per_byte']:.4f}"
+        if r["kind"] == "sweep":
+            swept.append([*head, score])
+            continue
+        alone = speed.get(r["model"], {"parameters": 0, "tokens_per_s": float("nan")})
+        size, pace = f"{alone['parameters'] / 1e6:.1f}M", f"{alone['tokens_per_s']:,.0f}"
+        minutes = f"{r['tokens'] / alone['tokens_per_s'] / 60:.1f}"
+        ran.append([*head, size, f"{r['tokens'] / 1e6:.0f}M", pace, minutes, score, f"{r['test_bits_per_byte']:.4f}"])
+    return "\n\n".join(markdown(lines) for lines in (ran, swept) if len(lines) > 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Sweeps and results on enwik8.")
-    parser.add_argument("what", choices=("sweep", "final", "table"))
-    parser.add_argument("--steps", type=int, help="of each run (default: 600 for the sweep, 5000 for the results)")
+    parser.add_argument("what", choices=("sweep", "final", "time", "table"))
+    parser.add_argument(
+        "--steps", type=int, help="of each run, or of ParaGRU's (default: 600 for the sweep, 5000 for the results)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs that share a GPU (default: 1)")
     parser.add_argument("--models", nargs="+", choices=tuple(RATES), default=tuple(RATES))
     parser.add_argument("--commit", metavar="HASH", help="what the rows call this version (default: git's)")
     parser.add_argument("--out", type=Path, default=HERE / "results/enwik8.jsonl", help="rows are added here")
+    parser.add_argument("--speeds", type=Path, default=HERE / "results/lm-step.jsonl", help="results of lm_step.py")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     if options.what == "table":
-        print(table(rows))
+        print(table(rows, speeds(options.speeds)))
         return
-    jobs = sweep(options.steps or 600) if options.what == "sweep" else final(options.steps or 5000, rows)
+    if options.what == "sweep":
+        jobs = sweep(options.steps or 600)
+    elif options.what == "final":
+        jobs = final(options.steps or 5000, rows)
+    else:
+        jobs = equal_time(options.steps or 5000, rows, speeds(options.speeds))
     where = facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.commit)
     known = [tuple(row[name] for name in NAMES) for row in rows]
     jobs = [
