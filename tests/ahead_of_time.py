@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -60,6 +61,13 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
     carries = 128 if len(cell.states) <= 2 else 64  # a warp
     correcting = tiling.warps if cell.width else max(1, min(8, tiling.rows * tiling.narrow // carries))
     options = {"num_warps": tiling.warps if launch == "shoot" else correcting}
+    return {"cell": cell.name, "direction": direction, "launch": launch, "dtype": dtype} | made(
+        kernel, signature, values, attributes, options
+    )
+
+
+def made(kernel: Any, signature: dict, values: dict, attributes: dict, options: dict) -> dict:
+    """Registers, spilled bytes, shared memory and compile seconds."""
     begun = time.perf_counter()
     compiled = triton.compile(ASTSource(kernel, signature, values, attributes), GPUTarget("cuda", 90, 32), options)
     seconds = time.perf_counter() - begun
@@ -78,13 +86,34 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
     registers, spills = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
     assert registers and spills, report
     return {
-        "cell": cell.name, "direction": direction, "launch": launch, "dtype": dtype, "registers": int(registers[1]),
-        "spilled": int(spills[1]), "shared": compiled.metadata.shared, "seconds": round(seconds, 2),
+        "registers": int(registers[1]), "spilled": int(spills[1]), "shared": compiled.metadata.shared, "seconds": round(seconds, 2),
     }  # fmt: skip
+
+
+def compile_convolution(direction: str, taps: int, dtype: str, past: bool, reset: bool) -> dict:
+    """The same of a kernel of the causal convolution with the tile it has."""
+    from parashoot.lm import conv_kernels
+
+    kernel, tile = getattr(conv_kernels, direction), getattr(conv_kernels, direction.upper())
+    constants = {"K": taps, "PAST": past, "RESET": reset, "FAST": True}
+    constants |= {"BLOCK": tile.block, "STEPS": tile.steps, "GROUP": tile.group}
+    signature, values, attributes = {}, {}, {}
+    for k, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[k,] = "constexpr", constants[name]
+            continue
+        pointer = "*u8" if name == "reset_ptr" else "*fp32" if name in ("w_ptr", "b_ptr", "sums_ptr") else f"*{dtype}"
+        signature[name] = pointer if name.endswith("_ptr") else "i32"
+        if name not in conv_kernels.FIXED:
+            attributes[k,] = [["tt.divisibility", 16]]
+    return made(kernel, signature, values, attributes, {"num_warps": tile.warps})
 
 
 if __name__ == "__main__":
     for job in json.loads(sys.argv[1]):
+        if job[0] == "convolution":
+            print(json.dumps({"job": job[1:]} | compile_convolution(*job[1:])), flush=True)
+            continue
         name, direction, launch, dtype, tiling = job
         print(
             json.dumps(compile_kernel(getattr(ps.cells, name), direction, launch, dtype, Tiling(**tiling))), flush=True

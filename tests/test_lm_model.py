@@ -16,7 +16,6 @@ from lm_models import TINY, Largest, logits_by_loop, tiny_model, tokens, transfo
 from parashoot.errors import ArgumentError, ArgumentTypeError
 from parashoot.lm import Cache, ParaRNNConfig, ParaRNNForCausalLM, ParaRNNModel
 from parashoot.lm import loss as losses
-from parashoot.lm.conv import CausalConv
 from parashoot.lm.loss import next_token_loss
 from parashoot.lm.presets import PRESETS, preset
 
@@ -113,21 +112,6 @@ def test_no_gradient_crosses_a_reset(model):
     (grad,) = torch.autograd.grad(y[:, 6:].square().sum(), x)
     assert bool((grad[:, :6] == 0).all())
     assert bool((grad[:, 6:] != 0).any())
-
-
-def test_the_convolution_is_causal_and_isolates_nan():
-    conv = CausalConv(3, 4)
-    reference = torch.nn.Conv1d(3, 3, 4, groups=3, padding=3)
-    reference.load_state_dict({"weight": conv.weight.flip(0).T[:, None], "bias": conv.bias})
-    u = torch.randn(2, 9, 3)
-    expected = reference(u.mT)[..., :9].mT
-    torch.testing.assert_close(conv(u)[0], expected)
-    u[:, 4] = math.nan
-    reset = torch.zeros(2, 9, dtype=torch.bool)
-    reset[:, 5] = True
-    y, past = conv(u, None, reset)
-    assert bool(torch.isfinite(y[:, 5:]).all())
-    assert bool(torch.isfinite(past).all())
 
 
 @pytest.mark.parametrize("cell", ["gru", "headgru"])

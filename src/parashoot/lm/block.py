@@ -46,10 +46,10 @@ class Recurrence(nn.Module):
         u, g = self.in_proj(x).chunk(2, -1)
         u, conv = self.conv(u, conv, reset)
         if x.shape[1] == 1 and state is not None and reset is None:
-            y, state = self.rnn.step(F.silu(u).squeeze(1), state)
+            y, state = self.rnn.step(u.squeeze(1), state)
             y = y.unsqueeze(1)
         else:
-            y, state = self.rnn(F.silu(u), state, reset=reset)
+            y, state = self.rnn(u, state, reset=reset)
         return self.out_proj(self.norm(y * F.silu(g))), (conv, state.squeeze(0))
 
 

@@ -1,16 +1,24 @@
-"""A causal depthwise convolution that continues from its past and never reaches across a reset."""
+"""A causal depthwise convolution with its SiLU that continues from its past and never reaches across a reset."""
 
 from __future__ import annotations
+
+import importlib.util
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import GradientError
+
+TRITON = importlib.util.find_spec("triton") is not None
+STORED = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels load and store; they compute in float32
+WIDEST = 8  # taps the kernels hold in registers
+
 
 class CausalConv(nn.Module):
-    """y_t = b + sum_{j < k} w_j u_{t-j}, for each channel by itself; the sum ends where a new sequence began.
+    """y_t = silu(b + sum_{j < k} w_j u_{t-j}), for each channel by itself; the sum ends where a new sequence began.
 
-    Written as k shifted products, which is faster than a grouped `conv1d` in the layout (B, T, C) and fuses under compile.
+    On a GPU more than one position runs in kernels that read and write each element once, forward and backward.
     """
 
     def __init__(self, channels: int, kernel: int):
@@ -29,17 +37,77 @@ class CausalConv(nn.Module):
 
         In the returned past, inputs from before the last reset are zero, so it needs no mask of its own.
         """
-        reach, time = self.weight.shape[0] - 1, u.shape[1]
-        padded = F.pad(u, (0, 0, reach, 0)) if past is None else torch.cat([past.to(u.dtype), u], 1)
-        document = None if reset is None else F.pad(reset.cumsum(1), (reach, 0))
-        weight, y = self.weight.to(u.dtype), self.bias.to(u.dtype)
-        for j in range(reach + 1):
-            start = reach - j
-            tap = padded[:, start : start + time]
-            if document is not None and j:
-                tap = tap.masked_fill((document[:, start : start + time] != document[:, reach:])[:, :, None], 0.0)
-            y = torch.addcmul(y, tap, weight[j])
-        after = padded[:, time:]
-        if document is not None:
+        taps, time = self.weight.shape[0], u.shape[1]
+        fused = TRITON and u.is_cuda and time > 1 and u.dtype in STORED and taps <= WIDEST
+        y = (causal_conv if fused else shifted_products)(u, self.weight, self.bias, past, reset)
+        last = _joined(past, u[:, max(time - taps + 1, 0) :], taps - 1)
+        after = last[:, last.shape[1] - taps + 1 :]
+        if reset is not None:
+            document = F.pad(reset.cumsum(1), (taps - 1, 0))
             return y, after.masked_fill((document[:, time:] != document[:, -1:])[:, :, None], 0.0)
         return y, after.clone()
+
+
+def _joined(past: Tensor | None, u: Tensor, reach: int) -> Tensor:
+    """u after its past, zeros where there is none."""
+    return F.pad(u, (0, 0, reach, 0)) if past is None else torch.cat([past.to(u.dtype), u], 1)
+
+
+def shifted_products(u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None) -> Tensor:
+    """y by k products of u with itself shifted: faster than a grouped `conv1d` in the layout (B, T, C), and fuses under compile."""
+    reach, time = weight.shape[0] - 1, u.shape[1]
+    padded = _joined(past, u, reach)
+    document = None if reset is None else F.pad(reset.cumsum(1), (reach, 0))
+    weight, y = weight.to(u.dtype), bias.to(u.dtype)
+    for j in range(reach + 1):
+        start = reach - j
+        tap = padded[:, start : start + time]
+        if document is not None and j:
+            tap = tap.masked_fill((document[:, start : start + time] != document[:, reach:])[:, :, None], 0.0)
+        y = torch.addcmul(y, tap, weight[j])
+    return F.silu(y)
+
+
+@torch.library.custom_op("parashoot::causal_conv", mutates_args=())
+def causal_conv(u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None) -> Tensor:
+    """y by the kernels: sums in float32 from parameters in their own dtype, one rounding to the dtype of u."""
+    from .conv_kernels import run_forward  # Triton is imported where it is used
+
+    return run_forward(u, weight, bias, past, reset)
+
+
+@torch.library.custom_op("parashoot::causal_conv_backward", mutates_args=())
+def causal_conv_backward(
+    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(du, float32 gradients (k + 1, C) of weight and, the last row, bias, dpast or nothing)."""
+    from .conv_kernels import run_backward
+
+    return run_backward(dy, u, weight, bias, past, reset)
+
+
+@causal_conv.register_fake
+def _(u, weight, bias, past, reset):
+    return u.new_empty(u.shape)
+
+
+@causal_conv_backward.register_fake
+def _(dy, u, weight, bias, past, reset):
+    sums = u.new_empty(weight.shape[0] + 1, u.shape[2], dtype=torch.float32)
+    return u.new_empty(u.shape), sums, u.new_empty(0) if past is None else past.new_empty(past.shape)
+
+
+def _backward(ctx, dy):
+    u, weight, bias, past, reset = ctx.saved_tensors
+    du, sums, dpast = causal_conv_backward(dy, u, weight, bias, past, reset)
+    return du, sums[:-1].to(weight.dtype), sums[-1].to(bias.dtype), None if past is None else dpast, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise GradientError(
+        "the kernels of CausalConv were differentiated twice; they provide first derivatives only. Run it on a CPU or in float64."
+    )
+
+
+causal_conv.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+causal_conv_backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)

@@ -55,7 +55,7 @@ class GatedDelta(nn.Module):
         conv, state = past if past is not None else (None, None)
         qkv, gate = self.in_proj(x).split((2 * d, d), -1)
         qkv, conv_after = self.conv(qkv, conv, reset)
-        qk, v = F.silu(qkv).split((d, d), -1)
+        qk, v = qkv.split((d, d), -1)
         exact = torch.promote_types(x.dtype, torch.float32)
         qk = qk.unflatten(-1, (2, -1, n)).to(exact)
         qk = qk * (qk.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
