@@ -27,7 +27,7 @@ class Trial:
 
     - `task` and its `options`; `model` as in `build_model`; `seed` of weights, training samples and their order.
     - `length` of training samples, or, with `shortest`, lengths from there to `length`; `curriculum`: lengths before that, each until
-      the last answers are right in 95 of 100 samples (a running mean); `test_lengths`.
+      the last answers are right in more than the share `learned` of the samples (a running mean); `test_lengths`.
     - `train_samples`: a fixed set, taken in a new order each epoch; None: new samples all the time.
     - `validation_samples` (of the training length) every `validate_every` steps; a perfect score ends the training, if `stop_early`.
     - `probe`: the length of the sequences on which it is counted at each validation how many sweeps the recurrence takes, in chunks of 16;
@@ -47,6 +47,7 @@ class Trial:
     length: int = 100
     shortest: int | None = None
     curriculum: Sequence[int] = ()
+    learned: float = 0.95
     test_lengths: Sequence[int] = (100,)
     train_samples: int | None = 10_000
     validation_samples: int = 1000
@@ -75,10 +76,10 @@ class Trial:
             bad_value(
                 "train_samples", repr(self.train_samples), f"None or an integer >= batch_size = {self.batch_size}"
             )
-        for name in ("learning_rate", "weight_decay"):
+        for name, most in (("learning_rate", math.inf), ("weight_decay", math.inf), ("learned", 1)):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                bad_value(name, repr(value), "a finite number >= 0")
+            if not isinstance(value, (int, float)) or not 0 <= value < most:
+                bad_value(name, repr(value), "a finite number >= 0" + (" and < 1" if most == 1 else ""))
         if (
             not isinstance(self.test_lengths, (list, tuple))
             or not all(map(is_count, self.test_lengths))
