@@ -266,7 +266,7 @@ def test_the_command_line_reports_in_one_line(tmp_path, monkeypatch, capsys):
     Path("broken.json").write_text("{")
     Path("rows.jsonl").write_text('{"trial": 3}\n{"trial": 3}\n')
     wrong = {
-        "run nothing": "SUITE: got 'nothing'; expected one of paper, tracking, words, arithmetic, quick",
+        "run nothing": "SUITE: got 'nothing'; expected one of paper, tracking, words, arithmetic, cycle, brackets, recall, quick",
         "run broken.json": "which is not JSON",
         "render nowhere.jsonl": "FILE: got 'nowhere.jsonl'; expected an existing results file",
         "render rows.jsonl": "line 1",

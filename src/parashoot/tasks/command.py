@@ -25,9 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--seed", type=int, default=0, metavar="N")
     show.set_defaults(run=_show)
     run = actions.add_parser("run", help="train and test the models of a suite; goes on where it was stopped")
-    run.add_argument(
-        "suite", nargs="?", default="paper", metavar="SUITE", help="paper, tracking, words, quick, or a JSON file"
-    )
+    suites = "paper, recall, tracking, words, cycle, arithmetic, brackets, quick, or a JSON file"
+    run.add_argument("suite", nargs="?", default="paper", metavar="SUITE", help=suites)
     run.add_argument(
         "--out", default="tasks.jsonl", metavar="FILE", help="a row is added for each run (default: tasks.jsonl)"
     )

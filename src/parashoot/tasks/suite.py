@@ -221,6 +221,39 @@ SUITES: dict[str, dict[str, Any]] = {
         },
         "runs": [{"task": "arithmetic", "options": {"every": True}}],
     },
+    "cycle": {
+        "defaults": {
+            "models": ["cell:headrotor"], "seeds": [0, 1, 2], "learning_rates": [3e-3], "recurrent_clip": None, "hidden_size": 128,
+            "length": 40, "shortest": 2, "curriculum": [2, 4, 8, 16, 24, 32], "test_lengths": [40, 100, 127, 255, 256], "train_samples": None,
+            "test_samples": 2000, "batch_size": 128, "weight_decay": 0.1, "steps": 1600, "validate_every": 400, "stop_early": False,
+        },
+        "runs": [{"task": "cycle"}],
+    },
+    "brackets": {
+        "defaults": {
+            "models": ["block:headrotor"], "seeds": [0, 1, 2], "learning_rates": [3e-3], "recurrent_clip": None, "num_layers": 3,
+            "initial_bias": {"z": 3.0}, "length": 40, "shortest": 1, "curriculum": [5, 9, 13, 21, 31], "learned": 0.9,
+            "test_lengths": [40, 64, 127, 255], "train_samples": None, "test_samples": 2000, "batch_size": 128, "weight_decay": 0.1,
+            "steps": 6000, "validate_every": 500, "stop_early": False,
+        },
+        "runs": [{"task": "brackets", "options": {"every": True}}],
+    },
+    "recall": {
+        "defaults": {"seeds": [0, 1, 2], "learning_rates": [3e-3], "train_samples": None, "batch_size": 64},
+        "runs": [
+            *(
+                {
+                    "task": "keep_nth", "models": [f"cell:{cell}"], "initial_bias": bias, "recurrent_clip": None,
+                    "curriculum": [8, 12, 20, 50], "learned": 0.8, "steps": 22_000, "validate_every": 1000,
+                }
+                for cell, bias in (("lstm", {"f": 1.0, "z": 1.0}), ("gru", {"z": -1.0, "c": 1.0}))
+            ),
+            {
+                "task": "mqar", "models": ["block:lstm", "block:gru"], "curriculum": [8, 16, 32, 64], "learned": 0.9, "steps": 7000,
+                "test_samples": 50_000, "validate_every": 500,
+            },
+        ],
+    },
     "quick": {
         "defaults": {
             "seeds": [0], "learning_rates": [1e-2], "recurrent_clip": None, "hidden_size": 16, "length": 16, "train_samples": None,
