@@ -84,6 +84,15 @@ def evaluated_at_digits(x: list[str]) -> list[str | None]:
     return [evaluated(x[: t + 1])[t] if t in ends else None for t in range(len(x))]
 
 
+def closed_at_digits(x: list[str]) -> list[str | None]:
+    text = "".join(x).rstrip("_")
+    found: list[str | None] = [None] * len(x)
+    for t in (*(t for t, word in enumerate(x) if word.isdigit()), len(text) - 1):
+        read = text[: t + 1]
+        found[t] = str(eval(read + ")" * (read.count("(") - read.count(")"))) % 5)
+    return found
+
+
 def composed(x: list[str]) -> list[str | None]:
     found, so_far = [], list(range(len(x[0])))
     for word in x:
@@ -130,6 +139,8 @@ def test_targets_are_the_oracles(name):
         ("arithmetic", 12, {"every": True}),
         ("arithmetic", 13, {"every": True, "shortest": 2}),
         ("brackets", 25, {"shortest": 1, "multiply": True}),
+        ("brackets", 40, {"every": True}),
+        ("brackets", 25, {"every": True, "shortest": 1, "multiply": True}),
         ("brackets", 100, {"multiply": True}),
         ("keep_nth", 5, {"n": 5}),
         ("khop", 60, {"k": 2, "vocab": 5}),
@@ -140,9 +151,10 @@ def test_targets_are_the_oracles(name):
 )
 def test_options_and_edges(name, length, options):
     known = {k: v for k, v in options.items() if k in ("size", "n", "k", "pairs")}
+    at_digits = {"arithmetic": evaluated_at_digits, "brackets": closed_at_digits}
     seen = set()
     for x, y in in_words(build(name, length, **options), 200):
-        assert y == (evaluated_at_digits(x) if "every" in options else ORACLES[name](x, **known))
+        assert y == (at_digits[name](x) if "every" in options else ORACLES[name](x, **known))
         seen.add(len("".join(x).rstrip("_")))
     assert len(seen) > 1 if "shortest" in options else seen
 

@@ -123,8 +123,9 @@ def test_an_evaluation_does_not_depend_on_its_batches(monkeypatch):
     trial = Trial("parity", "cell:gru", **TINY)
     model = build_model("cell:gru", 2, hidden_size=8, num_layers=1, num_heads=1, recurrent_clip=None, solver="parallel")
     whole = evaluate(model, trial.samples("test", 9), 50, CPU)
-    monkeypatch.setattr(runner, "LOGITS", 9 * 2 * 7)
-    assert evaluate(model, trial.samples("test", 9), 50, CPU) == whole
+    for name, few in (("LOGITS", 9 * 2 * 7), ("POSITIONS", 9 * 3)):
+        monkeypatch.setattr(runner, name, few)
+        assert evaluate(model, trial.samples("test", 9), 50, CPU) == whole
     assert model.training
 
 
@@ -187,6 +188,19 @@ def test_a_training_that_diverges_is_a_row(monkeypatch):
     assert json.loads(json.dumps(row)) == row
 
 
+def test_a_training_ends_in_time_and_its_row_says_so(tmp_path):
+    out, made = tmp_path / "rows.jsonl", suite(task="parity", model="cell:gru", steps=1000, validate_every=1000)
+    (row,) = run(made, out, device="cpu", minutes=1e-9)
+    assert row["stopped"] == "time" and row["steps"] == 1 and set(row["test"]) == {"6", "9"}
+    assert [point["step"] for point in row["curve"]] == [1] and row["validation"] == row["curve"][0]["validation"]
+    (again,) = run(made, out, device="cpu")
+    assert again == row
+    (last,) = run(suite(task="parity", model="cell:gru", steps=1), out, device="cpu", minutes=1e-9)
+    assert last["stopped"] == "steps"  # it was at its end
+    with pytest.raises(ArgumentError, match="minutes: got 0; expected a number > 0"):
+        run(made, out, device="cpu", minutes=0)
+
+
 def test_the_suites_are_well_formed():
     for name in SUITES:
         found = find_suite(name)
@@ -219,6 +233,10 @@ def test_the_suites_are_well_formed():
             "metric: got 'all'; expected None or one of token, sequence, last",
         ),
         ({"task": "parity", "model": "cell:gru", "probe": 0}, "probe: got 0"),
+        (
+            {"task": "parity", "model": "cell:gru", "learned": 1},
+            "learned: got 1; expected a finite number >= 0 and < 1",
+        ),
         ({"task": "parity", "model": "cell:gru", "stop_early": 1}, "stop_early: got int 1"),
         ({"task": "parity", "model": "cell:gru", "initial_bias": 3}, "initial_bias: got int 3"),
         (
@@ -248,7 +266,7 @@ def test_the_command_line_reports_in_one_line(tmp_path, monkeypatch, capsys):
     Path("broken.json").write_text("{")
     Path("rows.jsonl").write_text('{"trial": 3}\n{"trial": 3}\n')
     wrong = {
-        "run nothing": "SUITE: got 'nothing'; expected one of paper, tracking, words, arithmetic, quick",
+        "run nothing": "SUITE: got 'nothing'; expected one of paper, tracking, words, arithmetic, cycle, brackets, recall, quick",
         "run broken.json": "which is not JSON",
         "render nowhere.jsonl": "FILE: got 'nowhere.jsonl'; expected an existing results file",
         "render rows.jsonl": "line 1",

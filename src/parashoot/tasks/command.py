@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 from pathlib import Path
 
@@ -24,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--seed", type=int, default=0, metavar="N")
     show.set_defaults(run=_show)
     run = actions.add_parser("run", help="train and test the models of a suite; goes on where it was stopped")
-    run.add_argument(
-        "suite", nargs="?", default="paper", metavar="SUITE", help="paper, tracking, words, quick, or a JSON file"
-    )
+    suites = "paper, recall, tracking, words, cycle, arithmetic, brackets, quick, or a JSON file"
+    run.add_argument("suite", nargs="?", default="paper", metavar="SUITE", help=suites)
     run.add_argument(
         "--out", default="tasks.jsonl", metavar="FILE", help="a row is added for each run (default: tasks.jsonl)"
     )
+    run.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="the most that one training takes")
     run.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     run.set_defaults(run=_run)
     render = actions.add_parser("render", help="tables and a plot of a results file")
@@ -65,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
     from .suite import find_suite
 
     try:
-        rows = run(find_suite(options.suite), Path(options.out), device=options.device)
+        rows = run(find_suite(options.suite), Path(options.out), device=options.device, minutes=options.minutes)
     except KeyboardInterrupt:
         again = shlex.join(["parashoot", "tasks", "run", options.suite, "--out", options.out])
         print(f"\nStopped; finished runs are in {options.out}. Continue with:\n  {again}")

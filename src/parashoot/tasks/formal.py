@@ -48,27 +48,29 @@ def arithmetic(
 
 @task(arithmetic_words, "last")
 def brackets(
-    draw: Draw, length: int, modulus: int = 5, multiply: bool = False, shortest: int | None = None
+    draw: Draw, length: int, modulus: int = 5, multiply: bool = False, every: bool = False, shortest: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What is the value of this expression with brackets, modulo a number? Asked at its end.
+    """What is the value of this expression with brackets, modulo a number? Asked at its end, or, with `every`, at every digit too.
 
-    >>> print(TASKS["brackets"].build(0, length=11).show())
-    in  ( 3 + ( 2 - ( 2 ) ) )
-    out . . . . . . . . . . 3
+    >>> print(TASKS["brackets"].build(0, length=11, every=True).show())
+    in  ( ( 1 - ( 0 ) ) + 0 )
+    out . . 1 . . 1 . . . 1 1
 
     E(1) = d, E(2) = -d, E(3) = (d), E(4) = (-d), E(n) = (E(l) op E(n - l - 3)) with l uniform in 1..n-4, op + or - or, with
-    `multiply`, *. With `shortest` expressions have that many tokens or more, and blanks after them. Source: Deletang et al. 2022
-    (arXiv 2207.02098).
+    `multiply`, *. At a digit asked is the value of what is read, its open brackets closed. With `shortest` expressions have that many
+    tokens or more, and blanks after them. Source: Deletang et al. 2022 (arXiv 2207.02098).
     """
     plus, minus, opening, closing, blank = modulus, modulus + 1, modulus + 3, modulus + 4, modulus + 5
     size, row = draw.lengths(length, shortest), np.arange(draw.count)
     digits, splits, operators = draw.below(modulus, length), draw.words(length), draw.below(2 + multiply, length)
     x, value, rounds = np.full((draw.count, length), blank), np.zeros((draw.count, length), np.int64), []
+    leaves: list[tuple[np.ndarray, ...]] = []
     begin, ends = np.zeros_like(row), size - 1
     while len(row):  # the expressions of one depth: their samples, first positions and sizes
         small, inside, negative = size <= 4, size >= 3, size % 2 == 0
         r, at, sign = row[small], (begin + inside + negative)[small], negative[small]
         x[r, at] = digits[r, at]
+        leaves.append((r, begin[small], at))
         value[r, begin[small]] = np.where(sign, -digits[r, at], digits[r, at]) % modulus
         x[r[sign], at[sign] - 1] = minus
         x[row[inside], begin[inside]], x[row[inside], (begin + size - 1)[inside]] = opening, closing
@@ -81,7 +83,21 @@ def brackets(
     for r, b, middle in reversed(rounds):
         p, q = value[r, b + 1], value[r, middle + 1]
         value[r, b] = np.choose(operators[r, middle], [p + q, p - q, p * q]) % modulus
-    return x, np.where(np.arange(length) == ends[:, None], value[:, :1], IGNORED)
+    y = np.where(np.arange(length) == ends[:, None], value[:, :1], IGNORED)
+    if not every:
+        return x, y
+    scale, shift = (
+        np.ones_like(value),
+        np.zeros_like(value),
+    )  # the whole so far is scale v + shift, v the value of a part that begins here
+    for r, b, middle in rounds:
+        a, s, p, op = scale[r, b], shift[r, b], value[r, b + 1], operators[r, middle]
+        scale[r, b + 1], shift[r, b + 1] = a, s
+        scale[r, middle + 1] = np.choose(op, [a, -a, a * p]) % modulus
+        shift[r, middle + 1] = np.choose(op, [s + a * p, s + a * p, s]) % modulus
+    for r, b, at in leaves:
+        y[r, at] = (scale[r, b] * value[r, b] + shift[r, b]) % modulus
+    return x, y
 
 
 def bracket_words(kinds: int, depth: int) -> Words:

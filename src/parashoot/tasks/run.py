@@ -26,23 +26,27 @@ from .suite import Trial
 from .task import METRICS, Samples, rates, tally
 
 LOGITS = 2**25  # the most that one pass of an evaluation forms
+POSITIONS = 2**15  # the most that one takes on a CPU, where more at once are slower
 PROBED = MultipleShooting(chunk_length=16, backend="torch")  # sweeps of Newton's method, in PyTorch operations
 LATER = {
     "curriculum": [],
+    "learned": 0.95,
     "stop_early": True,
     "metric": None,
     "probe": None,
     "initial_bias": {},
 }  # fields that older rows lack
-LEARNED = 0.95  # of last answers, before a curriculum moves on
 
 
-def run(trials: Sequence[Trial], out: Path, *, device: str | None = None) -> list[Row]:
+def run(trials: Sequence[Trial], out: Path, *, device: str | None = None, minutes: float = math.inf) -> list[Row]:
     """Run the trials that the results file `out` lacks, appending to it, and return the rows of all of them.
 
-    A rate is left out where an earlier one of the same task, model and seed has a perfect validation score. Ctrl-C loses the trial that is
-    running, and no other. Raises `ArgumentError`.
+    A rate is left out where an earlier one of the same task, model and seed has a perfect validation score. A training that takes `minutes`
+    ends there, is tested, and its row says that time stopped it. Ctrl-C loses the trial that is running, and no other. Raises
+    `ArgumentError`.
     """
+    if not minutes > 0:
+        bad_value("minutes", repr(minutes), "a number > 0")
     place = choose_device(device)
     found = {_key(row): row for row in read(out)} if out.exists() else {}
     perfect = {_but_rate(row["trial"]) for row in found.values() if row["validation"] == 1.0}
@@ -53,7 +57,7 @@ def run(trials: Sequence[Trial], out: Path, *, device: str | None = None) -> lis
         if trial.key in found or without_rate in perfect:
             continue
         text = f"[{number}/{len(trials)}] {trial.task} {trial.model} seed {trial.seed} rate {trial.learning_rate:g}"
-        row = {**train(trial, place, text), **ground}
+        row = {**train(trial, place, text, minutes), **ground}
         _append(out, row)
         found[trial.key] = row
         if row["validation"] == 1.0:
@@ -96,8 +100,9 @@ def _append(path: Path, row: Row) -> None:
         file.write(json.dumps(row).encode() + b"\n")
 
 
-def train(trial: Trial, device: torch.device, text: str = "") -> Row:
-    """Train and test one model: its row, with the validation score and how the recurrence was solved as training went on."""
+def train(trial: Trial, device: torch.device, text: str = "", minutes: float = math.inf) -> Row:
+    """Train, for `minutes` at most, and test one model: its row, with the validation score and how the recurrence was solved as training
+    went on."""
     torch.manual_seed(trial.seed)
     stages = [trial.samples("train", length) for length in (*trial.curriculum, trial.length)]
     data, validation = stages.pop(0), trial.samples("validation", trial.length)
@@ -127,10 +132,11 @@ def train(trial: Trial, device: torch.device, text: str = "") -> Row:
             if stages:
                 last = tally(logits.detach().argmax(-1), y)[METRICS.index("last")]
                 right.lerp_(last[0] / last[1], 0.1)
-                if step % 10 == 0 and right > LEARNED:
+                if step % 10 == 0 and right > trial.learned:
                     data = stages.pop(0)
                     right.zero_()
-            if step % trial.validate_every and step < trial.steps:
+            late = time.perf_counter() - begun > 60 * minutes
+            if step % trial.validate_every and step < trial.steps and not late:
                 continue
             since = time.perf_counter()
             mean, losses = float(torch.stack(losses).mean()), []
@@ -151,6 +157,9 @@ def train(trial: Trial, device: torch.device, text: str = "") -> Row:
             measured += time.perf_counter() - since
             if score == 1.0 and trial.stop_early:
                 stopped = "perfect"
+                break
+            if late and step < trial.steps:
+                stopped = "time"
                 break
     seconds = time.perf_counter() - begun - measured
     test = {str(n): evaluate(model, trial.samples("test", n), trial.test_samples, device) for n in trial.test_lengths}
@@ -191,7 +200,8 @@ def _solved(model: Any, x: Tensor, solver: MultipleShooting | None = None) -> di
 @torch.no_grad()
 def evaluate(model: nn.Module, samples: Samples, count: int, device: torch.device) -> dict[str, float]:
     """The share of right answers over the first `count` samples, by metric."""
-    size = max(1, LOGITS // (samples.length * samples.vocab_size))
+    most = LOGITS // samples.vocab_size
+    size = max(1, (min(most, POSITIONS) if device.type == "cpu" else most) // samples.length)
     model.eval()
     total = torch.zeros(3, 2, dtype=torch.int64, device=device)
     for start in range(0, count, size):

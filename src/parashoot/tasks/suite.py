@@ -27,7 +27,7 @@ class Trial:
 
     - `task` and its `options`; `model` as in `build_model`; `seed` of weights, training samples and their order.
     - `length` of training samples, or, with `shortest`, lengths from there to `length`; `curriculum`: lengths before that, each until
-      the last answers are right in 95 of 100 samples (a running mean); `test_lengths`.
+      the last answers are right in more than the share `learned` of the samples (a running mean); `test_lengths`.
     - `train_samples`: a fixed set, taken in a new order each epoch; None: new samples all the time.
     - `validation_samples` (of the training length) every `validate_every` steps; a perfect score ends the training, if `stop_early`.
     - `probe`: the length of the sequences on which it is counted at each validation how many sweeps the recurrence takes, in chunks of 16;
@@ -47,6 +47,7 @@ class Trial:
     length: int = 100
     shortest: int | None = None
     curriculum: Sequence[int] = ()
+    learned: float = 0.95
     test_lengths: Sequence[int] = (100,)
     train_samples: int | None = 10_000
     validation_samples: int = 1000
@@ -75,10 +76,10 @@ class Trial:
             bad_value(
                 "train_samples", repr(self.train_samples), f"None or an integer >= batch_size = {self.batch_size}"
             )
-        for name in ("learning_rate", "weight_decay"):
+        for name, most in (("learning_rate", math.inf), ("weight_decay", math.inf), ("learned", 1)):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                bad_value(name, repr(value), "a finite number >= 0")
+            if not isinstance(value, (int, float)) or not 0 <= value < most:
+                bad_value(name, repr(value), "a finite number >= 0" + (" and < 1" if most == 1 else ""))
         if (
             not isinstance(self.test_lengths, (list, tuple))
             or not all(map(is_count, self.test_lengths))
@@ -219,6 +220,39 @@ SUITES: dict[str, dict[str, Any]] = {
             "validate_every": 500, "stop_early": False,
         },
         "runs": [{"task": "arithmetic", "options": {"every": True}}],
+    },
+    "cycle": {
+        "defaults": {
+            "models": ["cell:headrotor"], "seeds": [0, 1, 2], "learning_rates": [3e-3], "recurrent_clip": None, "hidden_size": 128,
+            "length": 40, "shortest": 2, "curriculum": [2, 4, 8, 16, 24, 32], "test_lengths": [40, 100, 127, 255, 256], "train_samples": None,
+            "test_samples": 2000, "batch_size": 128, "weight_decay": 0.1, "steps": 1600, "validate_every": 400, "stop_early": False,
+        },
+        "runs": [{"task": "cycle"}],
+    },
+    "brackets": {
+        "defaults": {
+            "models": ["block:headrotor"], "seeds": [0, 1, 2], "learning_rates": [3e-3], "recurrent_clip": None, "num_layers": 3,
+            "initial_bias": {"z": 3.0}, "length": 40, "shortest": 1, "curriculum": [5, 9, 13, 21, 31], "learned": 0.9,
+            "test_lengths": [40, 64, 127, 255], "train_samples": None, "test_samples": 2000, "batch_size": 128, "weight_decay": 0.1,
+            "steps": 6000, "validate_every": 500, "stop_early": False,
+        },
+        "runs": [{"task": "brackets", "options": {"every": True}}],
+    },
+    "recall": {
+        "defaults": {"seeds": [0, 1, 2], "learning_rates": [3e-3], "train_samples": None, "batch_size": 64},
+        "runs": [
+            *(
+                {
+                    "task": "keep_nth", "models": [f"cell:{cell}"], "initial_bias": bias, "recurrent_clip": None,
+                    "curriculum": [8, 12, 20, 50], "learned": 0.8, "steps": 22_000, "validate_every": 1000,
+                }
+                for cell, bias in (("lstm", {"f": 1.0, "z": 1.0}), ("gru", {"z": -1.0, "c": 1.0}))
+            ),
+            {
+                "task": "mqar", "models": ["block:lstm", "block:gru"], "curriculum": [8, 16, 32, 64], "learned": 0.9, "steps": 7000,
+                "test_samples": 50_000, "validate_every": 500,
+            },
+        ],
     },
     "quick": {
         "defaults": {
