@@ -141,6 +141,8 @@ def test_a_step_is_the_written_out_one(data, tmp_path):
     g = p.grad * 0.05 / (norm + 1e-6)
     expected = p * (1 - 0.01) - config.learning_rate * g / (g.abs() + 1e-8)  # AdamW's first step
     torch.testing.assert_close(weights(run)[name], expected.detach(), rtol=1e-4, atol=1e-6)
+    mine = dict(run.model.named_parameters())[name]
+    torch.testing.assert_close(run.optimizer.state[mine]["exp_avg"], 0.1 * g, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"activation_checkpointing": True}])

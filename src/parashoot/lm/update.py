@@ -113,9 +113,10 @@ class Training:
         norm = total.full_tensor() if isinstance(total, DTensor) else total
         values = torch.cat([self.group.sum(sums) / self.group.size, norm.float().unsqueeze(0)])
         self.failed = self.failed.maximum((~values.isfinite().all()).float())
-        nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, total)
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate
-        self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]  # where set, fused AdamW changes nothing
+        # Fused AdamW divides gradients by the one as it reads them, and changes nothing where the other is set.
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.config.grad_clip).clamp(min=1.0).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
         self.optimizer.step()
         return Late(values)

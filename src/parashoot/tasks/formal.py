@@ -86,10 +86,8 @@ def brackets(
     y = np.where(np.arange(length) == ends[:, None], value[:, :1], IGNORED)
     if not every:
         return x, y
-    scale, shift = (
-        np.ones_like(value),
-        np.zeros_like(value),
-    )  # the whole so far is scale v + shift, v the value of a part that begins here
+    # The whole so far is scale v + shift, where v is the value of a part that begins here.
+    scale, shift = np.ones_like(value), np.zeros_like(value)
     for r, b, middle in rounds:
         a, s, p, op = scale[r, b], shift[r, b], value[r, b + 1], operators[r, middle]
         scale[r, b + 1], shift[r, b + 1] = a, s
