@@ -1,6 +1,8 @@
 """Derivatives from the step: against torch.func and autograd on the plain function; digests; the proof of structure."""
 
 import inspect
+import multiprocessing
+import threading
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch.nn.functional import softplus
 
 import parashoot as ps
 from oracle import CELLS, leaves, random_problem
+from parashoot import trace as tracing
 from parashoot.cell import feature_shape, parameter_kinds, parameter_shapes
 from parashoot.trace import trace
 
@@ -345,3 +348,21 @@ def test_a_step_may_call_other_functions_and_use_python_numbers():
     states, inputs = [torch.linspace(-1, 1, 8).double()], [torch.linspace(1, -2, 8).double()]
     want = torch.autograd.functional.jacobian(lambda h: step(calls, [h], inputs, [])[0], states[0]).diagonal()
     torch.testing.assert_close(trace_of(calls).jacobian(states, inputs, [])[0, 0], want)
+
+
+def test_one_thread_that_stays_makes_all_traces_also_after_a_fork(monkeypatch):
+    """Fake tensors outlive a thread badly in CUDA builds of PyTorch without a GPU, and a fork has only the thread that forked."""
+    found = set()
+    make_fx = tracing.make_fx
+    monkeypatch.setattr(tracing, "make_fx", lambda *a, **k: found.add(threading.current_thread()) or make_fx(*a, **k))
+    for dtype in (torch.float32, torch.float64):
+        monkeypatch.setattr(tracing, "_traces", {})
+        caller = threading.Thread(target=trace_of, args=(ps.cells.gru, dtype))
+        caller.start()
+        caller.join()
+    assert len(found) == 1 and found.pop().is_alive()
+    monkeypatch.setattr(tracing, "_traces", {})
+    child = multiprocessing.get_context("fork").Process(target=trace_of, args=(ps.cells.gru,), daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0

@@ -3,8 +3,8 @@
 One trace of `(states, inputs, params, cotangents) -> (new states, cotangents of states, inputs, params)` holds everything:
 the Jacobian's row i is the same graph with the cotangents bound to the unit vector e_i. PyTorch does the differentiation.
 Channelwise steps become a canonical scalar graph (`graph.py`); steps that mix channels run as PyTorch's own graph, with the
-number of rows symbolic; kernels for headwise ones are made from a canonical graph too (`heads.py`). Traces are made on a thread of
-their own, so the caller's autocast, inference mode, compiler or autograd state cannot leak into them.
+number of rows symbolic; kernels for headwise ones are made from a canonical graph too (`heads.py`). Traces are made on a thread for
+nothing else, so the caller's autocast, inference mode, compiler or autograd state cannot leak into them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +91,7 @@ def trace(cell: Cell, dtype: torch.dtype, device: torch.device, feature: tuple[i
     if key not in _traces:
         with _lock:
             make = _trace_channelwise if cell.structure == "channelwise" else _trace_matrix
-            _traces[key] = _on_fresh_thread(lambda: make(cell, dtype, device, feature, param_shapes))
+            _traces[key] = _tracer(os.getpid()).submit(make, cell, dtype, device, feature, param_shapes).result()
     return _traces[key]
 
 
@@ -102,22 +104,14 @@ def trace_of(cell: Cell, dtype: torch.dtype, device: torch.device) -> Trace:
     return trace(cell, dtype, device, feature, tuple(feature if len(s) == 1 else tuple(s) for s in shapes))
 
 
-def _on_fresh_thread(work: Callable[[], Any]) -> Any:
-    result: list[Any] = []
+@functools.cache
+def _tracer(process: int) -> ThreadPoolExecutor:
+    """The thread that traces in this process; a fork has none yet.
 
-    def run() -> None:
-        try:
-            result.append((True, work()))
-        except BaseException as e:
-            result.append((False, e))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    ok, value = result[0]
-    if not ok:
-        raise value
-    return value
+    It never ends: a CUDA build of PyTorch that finds no GPU keeps a device guard in the storage of the thread that first made a fake
+    tensor, and crashes at the next one if that thread is gone.
+    """
+    return ThreadPoolExecutor(1, "parashoot-trace")
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str, seed: int) -> Tensor:

@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-FORWARD, BACKWARD = Tile(128, 64, 8, 2), Tile(128, 128, 8, 2)
+FORWARD, BACKWARD = Tile(128, 64, 8, 2), Tile(128, 128, 4, 2)
 FIXED = ("T", "segments", "r_b", "r_t")  # lengths compile nothing new
 
 
