@@ -119,12 +119,13 @@ def main() -> None:
     parser.add_argument("--compile", nargs="+", choices=("no", "yes"), help="default: both on a GPU, no on the CPU")
     parser.add_argument("--tokens", type=int, default=100_000, help="how far memory is followed")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--commit", metavar="HASH", help="what the rows call this version (default: git's)")
     parser.add_argument("--out", type=Path, help="rows are added to this file, one JSON object a line")
     options = parser.parse_args()
     device = torch.device(options.device)
     options.compile = options.compile or (["no", "yes"] if device.type == "cuda" else ["no"])
     bandwidth = copy_bandwidth(device)
-    where = {"copy_gb_s": bandwidth / 1e9, **facts(device)}
+    where = {"copy_gb_s": bandwidth / 1e9, **facts(device, options.commit)}
     print(
         f"{where['device']}, commit {where['commit']}, copies at {where['copy_gb_s']:.0f} GB/s; preset {options.preset}, {options.cell}"
     )
