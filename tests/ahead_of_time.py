@@ -92,9 +92,9 @@ def made(kernel: Any, signature: dict, values: dict, attributes: dict, options: 
 
 def compile_convolution(direction: str, taps: int, dtype: str, past: bool, reset: bool) -> dict:
     """The same of a kernel of the causal convolution with the tile it has."""
-    from parashoot.lm import conv_kernels
+    from parashoot.triton import convolution
 
-    kernel, tile = getattr(conv_kernels, direction), getattr(conv_kernels, direction.upper())
+    kernel, tile = getattr(convolution, direction), getattr(convolution, direction.upper())
     constants = {"K": taps, "PAST": past, "RESET": reset, "FAST": True}
     constants |= {"BLOCK": tile.block, "STEPS": tile.steps, "GROUP": tile.group}
     signature, values, attributes = {}, {}, {}
@@ -104,7 +104,7 @@ def compile_convolution(direction: str, taps: int, dtype: str, past: bool, reset
             continue
         pointer = "*u8" if name == "reset_ptr" else "*fp32" if name in ("w_ptr", "b_ptr", "sums_ptr") else f"*{dtype}"
         signature[name] = pointer if name.endswith("_ptr") else "i32"
-        if name not in conv_kernels.FIXED:
+        if name not in convolution.FIXED:
             attributes[k,] = [["tt.divisibility", 16]]
     return made(kernel, signature, values, attributes, {"num_warps": tile.warps})
 

@@ -21,7 +21,7 @@ from parashoot.lm.block import Block
 from parashoot.lm.conv import CausalConv, causal_conv, shifted_products
 
 pytest.importorskip("triton")
-from parashoot.lm import conv_kernels
+from parashoot.triton import convolution
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -32,8 +32,8 @@ on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="no GPU")]
 @pytest.fixture
 def small(monkeypatch):
     """Tiles that cut short problems into several segments, and channels into several tiles."""
-    monkeypatch.setattr(conv_kernels, "FORWARD", conv_kernels.Tile(16, 16, 4, 1))
-    monkeypatch.setattr(conv_kernels, "BACKWARD", conv_kernels.Tile(16, 8, 8, 1))
+    monkeypatch.setattr(convolution, "FORWARD", convolution.Tile(16, 16, 4, 1))
+    monkeypatch.setattr(convolution, "BACKWARD", convolution.Tile(16, 8, 8, 1))
 
 
 def by_loop(u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None) -> Tensor:
@@ -264,6 +264,6 @@ def test_the_module_runs_the_kernels_and_no_length_compiles_new_ones():
         y, _ = conv(u)
         y.sum().backward()
         assert y.grad_fn is not None and "causal_conv" in type(y.grad_fn).__name__.lower()
-        kernels = conv_kernels.forward, conv_kernels.backward
+        kernels = convolution.forward, convolution.backward
         kinds.append([len(kernel.device_caches[u.device.index][0]) for kernel in kernels])
     assert kinds[0] == kinds[-1]

@@ -71,7 +71,7 @@ def shifted_products(u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | Non
 @torch.library.custom_op("parashoot::causal_conv", mutates_args=())
 def causal_conv(u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None) -> Tensor:
     """y by the kernels: sums in float32 from parameters in their own dtype, one rounding to the dtype of u."""
-    from .conv_kernels import run_forward  # Triton is imported where it is used
+    from ..triton.convolution import run_forward  # Triton is imported where it is used
 
     return run_forward(u, weight, bias, past, reset)
 
@@ -81,7 +81,7 @@ def causal_conv_backward(
     dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(du, float32 gradients (k + 1, C) of weight and, the last row, bias, dpast or nothing)."""
-    from .conv_kernels import run_backward
+    from ..triton.convolution import run_backward
 
     return run_backward(dy, u, weight, bias, past, reset)
 
