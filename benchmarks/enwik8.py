@@ -170,9 +170,10 @@ def table(rows: list[dict[str, Any]], speed: dict[str, dict[str, Any]]) -> str:
         if r["kind"] == "sweep":
             swept.append([*head, score])
             continue
-        alone = speed.get(r["model"], {"parameters": 0, "tokens_per_s": float("nan")})
-        size, pace = f"{alone['parameters'] / 1e6:.1f}M", f"{alone['tokens_per_s']:,.0f}"
-        minutes = f"{r['tokens'] / alone['tokens_per_s'] / 60:.1f}"
+        size = pace = minutes = "not measured"
+        if alone := speed.get(r["model"]):
+            size, pace = f"{alone['parameters'] / 1e6:.1f}M", f"{alone['tokens_per_s']:,.0f}"
+            minutes = f"{r['tokens'] / alone['tokens_per_s'] / 60:.1f}"
         ran.append([*head, size, f"{r['tokens'] / 1e6:.0f}M", pace, minutes, score, f"{r['test_bits_per_byte']:.4f}"])
     return "\n\n".join(markdown(lines) for lines in (ran, swept) if len(lines) > 1)
 
