@@ -3,8 +3,8 @@
 A model is the name of a preset and changes to it: `400M`, `400M:lstm` (a cell, or else a mixer), `7B:cell=gru,num_heads=8`; or a recipe,
 `recipes/enwik8-paragru.json`. A shape is windows x tokens, over all processes together. MFU is 6 N tokens / (time x processes x
 989 TFLOP/s), N the parameters without the input embedding, for the dense bf16 peak of an H100 or H200; what attention costs beyond its
-matrices is not counted. Times are medians over the steps after the first two, which compile and warm up ("ready"); memory is the peak
-of one process.
+matrices is not counted. Times are medians over the steps after the first three, in which all is compiled and captured in a CUDA graph
+("ready"); memory is the peak of one process.
 
     python benchmarks/lm_step.py --models 400M:gru 400M:lstm --shapes 16x2048 2x16384 --compile [--out lm-step.jsonl]
     torchrun --nproc-per-node 2 benchmarks/lm_step.py --models 7B --shapes 4x2048 --compile --checkpointed
@@ -41,7 +41,7 @@ from parashoot.lm.train_config import TrainConfig
 from parashoot.lm.update import Batch, Late, Training, between, mark
 
 PEAK = 989e12  # FLOP/s of an H100 or H200 in dense bf16
-WARM = 2
+WARM = 3
 Interval = tuple[str, float, float]
 
 

@@ -19,10 +19,13 @@ from parashoot.tasks import run as runner
 from parashoot.tasks.models import SOLVERS, build_model
 from parashoot.tasks.report import picked, tables
 from parashoot.tasks.run import evaluate, read, run, train
+from parashoot.tasks.step import TOGETHER, Batches, Update
 from parashoot.tasks.suite import SUITES, Trial, find_suite, trials
 
 DOCS = Path(__file__).parents[1] / "docs"
 CPU = torch.device("cpu")
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=on_gpu)]
 TINY = {
     "length": 6, "test_lengths": [6, 9], "steps": 4, "validate_every": 2, "hidden_size": 8, "batch_size": 4,
     "train_samples": 10, "validation_samples": 8, "test_samples": 8,
@@ -130,11 +133,55 @@ def test_an_evaluation_does_not_depend_on_its_batches(monkeypatch):
 
 
 def test_a_fixed_set_is_taken_whole_each_epoch():
-    trial = Trial("parity", "cell:gru", **{**TINY, "train_samples": 12})
-    fixed = [torch.arange(12), torch.arange(12)]
-    epochs = [torch.cat([runner._batch(trial, None, fixed, 3 * e + k, CPU)[0] for k in range(3)]) for e in range(3)]  # type: ignore[arg-type]
-    assert all(e.sort().values.equal(torch.arange(12)) for e in epochs)
-    assert not epochs[0].equal(epochs[1])
+    trial = Trial("parity", "cell:gru", **{**TINY, "length": 12, "train_samples": 12})
+    data, batches = trial.samples("train", 12), Batches(trial, CPU)
+    every = sorted(data.batch(0, 12)[0].tolist())
+    epochs = [torch.cat([batches(data, 3 * e + k)[0] for k in range(3)]).tolist() for e in range(3)]
+    assert all(sorted(e) == every for e in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_new_samples_come_in_their_order_whichever_were_drawn_together():
+    trial = Trial("khop", "cell:gru", **{**TINY, "train_samples": None})
+    short, long = trial.samples("train", 6), trial.samples("train", 9)
+    batches = Batches(trial, CPU)
+    for data, step in ((short, 0), (short, 1), (short, 2 * TOGETHER + 3), (long, 2 * TOGETHER + 4), (short, 1)):
+        for got, want in zip(batches(data, step), data.batch(4 * step, 4), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_update_is_a_step_of_adamw_with_a_cosine(device):
+    trial = Trial("parity", "cell:gru", **{**TINY, "steps": 8, "learning_rate": 3e-2, "weight_decay": 0.1})
+    data, found = trial.samples("train", 6), []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = build_model(
+            "cell:gru", 2, hidden_size=8, num_layers=1, num_heads=1, recurrent_clip=None, solver="parallel"
+        )
+        model.to(device)
+        update, optimizer = (
+            Update(model, trial, device),
+            torch.optim.AdamW(model.parameters(), lr=3e-2, weight_decay=0.1),
+        )
+        schedule, losses = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8), []
+        for step in range(8):
+            x, y = (v.to(device) for v in data.batch(4 * step, 4))
+            if ours:
+                loss, last = update(x, y, trial.learning_rate_at(step))
+            else:
+                logits = model(input_ids=x).logits
+                last = (logits[:, -1].argmax(-1) == y[:, -1]).float().mean()
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+            losses += [loss.detach(), last]
+        found.append([torch.stack(losses), *model.parameters()])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_suite_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

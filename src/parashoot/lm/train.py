@@ -125,6 +125,8 @@ def _check_finite(run: Run, queued: Queued, values: dict[str, float]) -> None:
     wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if not wrong:
         return
+    if run.captured is not None:
+        run.captured.release()
     forward = first_non_finite(run.model, lambda: run.passes(queued.batch))
     found = run.group.gather((forward, last_non_finite_gradient(run.model)))  # each process has a part of a gradient
     outputs, gradients = ([name for name in names if name] for names in zip(*found, strict=True))

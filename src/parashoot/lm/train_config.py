@@ -11,7 +11,7 @@ from .config import checked_names, is_count
 from .models import MODELS, model_config
 
 COUNTS = ("steps", "batch_size", "sequence_length", "checkpoint_every", "keep_checkpoints", "statistics_every")
-SWITCHES = ("compile", "activation_checkpointing", "tensorboard")
+SWITCHES = ("compile", "cuda_graph", "activation_checkpointing", "tensorboard")
 FREE = ("data", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "statistics_every", *SWITCHES)
 """Fields that a resumed run may change: they say where and how it computes, not what."""
 
@@ -29,7 +29,8 @@ class TrainConfig:
     - `precision`: "bf16" (weights, gradient sums and optimizer in float32), "fp32"; None: bf16 on a GPU, fp32 on a CPU.
     - `data`: a directory written by `parashoot data`; None: the shipped corpus.
     - `micro_batch_size`: windows that a process takes at a time, gradients accumulated; None: its whole share.
-    - `compile` each block; `activation_checkpointing`: keep only the blocks' inputs for backward.
+    - `compile` each block. `cuda_graph`: on one GPU, from the third step on, passes are replayed from a CUDA graph, with the same result
+      and without hooks on modules; not where they wait for the GPU, nor with activation checkpointing. `activation_checkpointing`: keep only the blocks' inputs for backward.
     - `checkpoint_every` so many steps, and at the end; the last `keep_checkpoints` stay.
     - `statistics_every` so many steps, log how the recurrent layers were solved. `tensorboard`: write its logs too.
 
@@ -50,6 +51,7 @@ class TrainConfig:
     data: str | None = None
     micro_batch_size: int | None = None
     compile: bool = False
+    cuda_graph: bool = True
     activation_checkpointing: bool = False
     checkpoint_every: int = 100
     keep_checkpoints: int = 2

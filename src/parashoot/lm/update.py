@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .captured import Batch, Captured
 from .models import build_model, parameter_groups
 from .processes import Processes, place, precision
 from .train_config import TrainConfig
-
-Batch = list[tuple[Tensor, Tensor | None]]
-"""What a process takes of a batch, in the pieces of one pass: ids and reset, each (b, T), on the device."""
 
 
 def uses_bf16(config: TrainConfig, group: Processes) -> bool:
@@ -56,7 +54,8 @@ class Late:
 class Training:
     """A model and its optimizer on these processes, as `config` says.
 
-    `failed` becomes 1, on the device, when a loss or a gradient is not finite; from then on updates change nothing.
+    `failed` becomes 1, on the device, when a loss or a gradient is not finite; from then on updates change nothing. A batch is what a
+    process takes of one, in the pieces of a pass: ids and reset, each (b, T), on the device. `captured`: the passes as a CUDA graph.
     """
 
     config: TrainConfig
@@ -64,6 +63,12 @@ class Training:
     model: Any
     optimizer: torch.optim.Optimizer
     failed: Tensor
+    captured: Captured | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        c = self.config  # checkpointing asks for the state of the random generator, which a graph may not
+        if c.cuda_graph and self.device.type == "cuda" and self.group.size == 1 and not c.activation_checkpointing:
+            self.captured = Captured(self.passes, self.optimizer.zero_grad)
 
     @classmethod
     def start(cls, config: TrainConfig, group: Processes, *, drawn: bool = True, **rest: Any) -> Any:
@@ -108,7 +113,7 @@ class Training:
 
     def update(self, batch: Batch, rate: float) -> Late:
         """Queue one step of AdamW at this learning rate. Cross-entropy, z-loss and norm of the gradient over all processes come late."""
-        sums, parameters = self.passes(batch), list(self.model.parameters())
+        sums, parameters = (self.captured or self.passes)(batch), list(self.model.parameters())
         total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = total.full_tensor() if isinstance(total, DTensor) else total
         values = torch.cat([self.group.sum(sums) / self.group.size, norm.float().unsqueeze(0)])

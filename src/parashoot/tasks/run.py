@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..bench.results import Row, facts
 from ..errors import bad_value
-from ..lm.order import Permutation
 from ..lm.processes import choose_device
 from ..lm.watch import solver_statistics
 from ..plan import MultipleShooting
 from .models import build_model
+from .step import Batches, Update
 from .suite import Trial
-from .task import METRICS, Samples, rates, tally
+from .task import Samples, rates, tally
 
 LOGITS = 2**25  # the most that one pass of an evaluation forms
 POSITIONS = 2**15  # the most that one takes on a CPU, where more at once are slower
@@ -109,9 +108,7 @@ def train(trial: Trial, device: torch.device, text: str = "", minutes: float = m
     names = ("hidden_size", "num_layers", "num_heads", "recurrent_clip", "initial_bias", "solver")
     sizes = {name: getattr(trial, name) for name in names}
     model = build_model(trial.model, data.vocab_size, **sizes).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=trial.learning_rate, weight_decay=trial.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, trial.steps)
-    fixed = None if trial.train_samples is None else [v.to(device) for v in data.batch(0, trial.train_samples)]
+    update, batches = Update(model, trial, device), Batches(trial, device)
     metric, curve, losses, stopped, score = trial.metric or data.task.metric, [], [], "steps", 0.0
     probe = None if trial.probe is None else trial.samples("validation", trial.probe).batch(0, 4)[0].to(device)
     right = torch.zeros((), device=device)  # of last answers, in a running mean
@@ -119,19 +116,12 @@ def train(trial: Trial, device: torch.device, text: str = "", minutes: float = m
     interval = 0.2 if sys.stderr.isatty() else 15.0
     with tqdm(total=trial.steps, desc=text, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
         for step in range(1, trial.steps + 1):
-            x, y = _batch(trial, data, fixed, step - 1, device)
-            logits = model(input_ids=x).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
+            x, y = batches(data, step - 1)
+            loss, last = update(x, y, trial.learning_rate_at(step - 1))
+            losses.append(loss)
             bar.update()
             if stages:
-                last = tally(logits.detach().argmax(-1), y)[METRICS.index("last")]
-                right.lerp_(last[0] / last[1], 0.1)
+                right.lerp_(last, 0.1)
                 if step % 10 == 0 and right > trial.learned:
                     data = stages.pop(0)
                     right.zero_()
@@ -167,22 +157,6 @@ def train(trial: Trial, device: torch.device, text: str = "", minutes: float = m
         "trial": trial.to_dict(), "metric": metric, "validation": score, "test": test, "stopped": stopped, "steps": step,
         "seconds": round(seconds, 3), "parameters": sum(p.numel() for p in model.parameters()), "curve": curve,
     }  # fmt: skip
-
-
-def _batch(
-    trial: Trial, data: Samples, fixed: list[Tensor] | None, step: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The batch of a step: of new samples, or of the fixed ones in the order of the epoch."""
-    size = trial.batch_size
-    if fixed is None or trial.train_samples is None:
-        x, y = data.batch(step * size, size)
-        return x.to(device), y.to(device)
-    epoch, at = divmod(step, trial.train_samples // size)
-    chosen = Permutation(trial.train_samples, trial.seed + (epoch << 32))(
-        torch.arange(at * size, (at + 1) * size).numpy()
-    )
-    index = torch.from_numpy(chosen).to(device)
-    return fixed[0][index], fixed[1][index]
 
 
 def _solved(model: Any, x: Tensor, solver: MultipleShooting | None = None) -> dict[str, float]:

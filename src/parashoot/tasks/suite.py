@@ -130,6 +130,10 @@ class Trial:
                 bad_value(f"initial_bias of {name}", repr(value), "a finite number")
         object.__setattr__(self, "initial_bias", self.initial_bias or {})
 
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of step 0, 1, ...: half a cosine, zero after the last."""
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
     def samples(self, split: str, length: int) -> Samples:
         """Those of a split; all trials share validation and test samples."""
         varied = {"shortest": self.shortest} if self.shortest is not None and split != "test" else {}
