@@ -74,7 +74,9 @@ def test_sweeps_are_counted_at_a_length_of_their_own():
     with torch.no_grad():
         cell, z, params = model.rnn.prepared(model.embed(x))
         want = ps.scan(cell, z, params, solver=runner.PROBED, return_info=True)[2].iterations
-    assert runner._solved(model, x, runner.PROBED)["iterations"] == want > 1
+    probe = runner._probed(model, x)
+    assert probe["iterations"] == want > 1 and probe["speedup"] > 0
+    assert all(p.grad is None for p in model.parameters())
     assert model.rnn.solver is None and all(point["solver"]["iterations"] > 1 for point in probed["curve"])
 
 

@@ -10,6 +10,7 @@ from statistics import mean
 from ..bench.results import Row, groups, markdown
 from .suite import VARIED
 
+DYNAMICS = {"iterations": "sweeps", "lyapunov": "largest Lyapunov exponent", "speedup": "times faster than the loop"}
 LEGEND = (
     "Accuracy in percent by the metric that the task's source uses: the best of the seeds (their mean), each at the learning rate with its best "
     "validation score. sweeps, Lyapunov: of the recurrent layer at the end of training, the largest of the seeds."
@@ -104,8 +105,8 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
 
 
 def plot_training(rows: Sequence[Row], path: Path) -> bool:
-    """Sweeps of the solver and largest Lyapunov exponent against the training step: a row of panels for each experiment, a line for each
-    model and seed. False without matplotlib or recurrent layers."""
+    """Sweeps of the solver, largest Lyapunov exponent and, where it was measured, speed-up over the loop against the training step: a row of
+    panels for each experiment, a line for each model and seed. False without matplotlib or recurrent layers."""
     solved = [row for row in picked(rows) if row["curve"] and row["curve"][0]["solver"]]
     try:
         from matplotlib.figure import Figure
@@ -114,10 +115,11 @@ def plot_training(rows: Sequence[Row], path: Path) -> bool:
     if not solved:
         return False
     experiments = groups(solved, "experiment").values()
-    figure = Figure(figsize=(9.2, 3.2 * len(experiments)), layout="constrained")
-    grid = figure.subplots(len(experiments), 2, squeeze=False)
+    shown = [name for name in DYNAMICS if all(name in row["curve"][0]["solver"] for row in solved)]
+    figure = Figure(figsize=(4.6 * len(shown), 3.2 * len(experiments)), layout="constrained")
+    grid = figure.subplots(len(experiments), len(shown), squeeze=False)
     for panels, of_task in zip(grid, experiments, strict=True):
-        for axes, figure_name, scale in zip(panels, ("iterations", "lyapunov"), ("log", "linear"), strict=True):
+        for axes, figure_name in zip(panels, shown, strict=True):
             for number, ((name,), seeds) in enumerate(groups(of_task, "model").items()):
                 for k, row in enumerate(seeds):
                     at = (
@@ -125,8 +127,8 @@ def plot_training(rows: Sequence[Row], path: Path) -> bool:
                         [point["solver"][figure_name] for point in row["curve"]],
                     )
                     axes.plot(*at, ".-", color=f"C{number % 10}", linewidth=0.9, label=None if k else name)
-            label = "sweeps" if figure_name == "iterations" else "largest Lyapunov exponent"
-            axes.set(title=title(of_task[0]), xlabel="training step", ylabel=label, yscale=scale)
+            scale = "linear" if figure_name == "lyapunov" else "log"
+            axes.set(title=title(of_task[0]), xlabel="training step", ylabel=DYNAMICS[figure_name], yscale=scale)
         panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=120)
     return True

@@ -30,8 +30,8 @@ class Trial:
       the last answers are right in more than the share `learned` of the samples (a running mean); `test_lengths`.
     - `train_samples`: a fixed set, taken in a new order each epoch; None: new samples all the time.
     - `validation_samples` (of the training length) every `validate_every` steps; a perfect score ends the training, if `stop_early`.
-    - `probe`: the length of the sequences on which it is counted at each validation how many sweeps the recurrence takes, in chunks of 16;
-      None: on the last training batch, as it was solved.
+    - `probe`: the length of the sequences on which it is counted at each validation how many sweeps the recurrence takes, in chunks of 16,
+      and measured how much faster than the loop a training step solves it; None: sweeps on the last training batch, as it was solved.
     - `metric` that is validated and reported: "token", "sequence" or "last"; None: the task's.
     - `hidden_size`, `num_layers`, `num_heads`, `recurrent_clip`, `initial_bias`, `solver`: the model's.
 
@@ -190,8 +190,11 @@ SUITES: dict[str, dict[str, Any]] = {
             {"task": "keep_nth", "models": BARE, "recurrent_clip": None, "learning_rates": [1e-2, 3e-3, 5e-4]},
             {"task": "parity", "models": BARE, "recurrent_clip": None, "learning_rates": [5e-4], "test_lengths": LONGER},
             {"task": "mqar", "models": [*BLOCK, "block:attention"]},
-            {"task": "khop", "models": [*BLOCK, "block:attention"]},
-            {"task": "khop", "models": [*BLOCK, "block:attention"], "options": {"k": 2, "vocab": 5}},
+            {"task": "khop", "models": [*BLOCK, "block:attention"], "steps": 7000},
+            {
+                "task": "khop", "models": [*BLOCK, "block:attention"], "options": {"k": 2, "vocab": 5}, "steps": 20_000,
+                "validate_every": 1250,
+            },
         ],
     },
     "tracking": {
@@ -248,13 +251,13 @@ SUITES: dict[str, dict[str, Any]] = {
             *(
                 {
                     "task": "keep_nth", "models": [f"cell:{cell}"], "initial_bias": bias, "recurrent_clip": None,
-                    "curriculum": [8, 12, 20, 50], "learned": 0.8, "steps": 22_000, "validate_every": 1000,
+                    "curriculum": [8, 12, 20, 50], "learned": 0.8, "steps": 60_000, "validate_every": 2000,
                 }
                 for cell, bias in (("lstm", {"f": 1.0, "z": 1.0}), ("gru", {"z": -1.0, "c": 1.0}))
             ),
             {
-                "task": "mqar", "models": ["block:lstm", "block:gru"], "curriculum": [8, 16, 32, 64], "learned": 0.9, "steps": 7000,
-                "test_samples": 50_000, "validate_every": 500,
+                "task": "mqar", "models": ["block:lstm", "block:gru"], "curriculum": [8, 16, 32, 64], "learned": 0.9, "steps": 20_000,
+                "validate_every": 1000,
             },
         ],
     },
