@@ -91,6 +91,7 @@ def train(
             if due:
                 _save(run)
                 run.clock = mark(run.device)
+    _release(run)
     return run
 
 
@@ -125,8 +126,7 @@ def _check_finite(run: Run, queued: Queued, values: dict[str, float]) -> None:
     wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if not wrong:
         return
-    if run.captured is not None:
-        run.captured.release()
+    _release(run)
     forward = first_non_finite(run.model, lambda: run.passes(queued.batch))
     found = run.group.gather((forward, last_non_finite_gradient(run.model)))  # each process has a part of a gradient
     outputs, gradients = ([name for name in names if name] for names in zip(*found, strict=True))
@@ -136,6 +136,12 @@ def _check_finite(run: Run, queued: Queued, values: dict[str, float]) -> None:
         f"{wrong[0]} at step {queued.step}, first in {where}; {kept}. "
         f"Lower learning_rate ({run.config.learning_rate:g}) or lengthen warmup ({run.config.warmup:g})."
     )
+
+
+def _release(run: Run) -> None:
+    """Give the memory of passes back, for what comes after them."""
+    if run.captured is not None:
+        run.captured.release()
 
 
 def holds_run(directory: Path) -> bool:
