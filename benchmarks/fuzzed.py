@@ -3,7 +3,8 @@
 Byte time: x, y and the saved states once (backward: x, y, dy, dx and saved states) at the bandwidth of a large copy. Instruction
 time: the emitted step (backward: the adjoint, and the step where states are computed again) compiled alone; its machine
 instructions, without the branches for huge arguments of sine and cosine, at one for each of a multiprocessor's 128 lanes and clock,
-and at 16 for the special function unit. A row for each cell and direction goes to the results file.
+and at 16 for the special function unit. Passes: of the slowest tile of channels and on average; those that jump or latch take the loop's
+time, whatever a step costs. A row for each cell and direction goes to the results file.
 
     python benchmarks/fuzzed.py [--out FILE] [--seeds 0:40] [--shape B T C]
 """
@@ -146,7 +147,7 @@ def main() -> int:
     facts = {"copy_gb_s": bandwidth / 1e9, **results.facts(device, options.commit)}
     print(f"{facts['device']}, {clock / 1e9:.2f} GHz, copies at {bandwidth / 1e9:.0f} GB/s")
     print(
-        "cell: slots inputs params | forward us, byte us, instruction us, ratio | backward the same | error, gradient"
+        "cell: slots inputs params | forward us, byte us, instruction us, ratio | backward the same | passes, mean | error, gradient"
     )
     elements, worst = shape[0] * shape[1] * shape[2], 0.0
     with torch.cuda.stream(torch.cuda.Stream()), options.out.open("a") as file:
@@ -154,6 +155,8 @@ def main() -> int:
             cell, x, params = problem(seed, shape)
             given, made = entry(cell, x, params), made_from(cell)
             found = agreement(given, True)
+            info = ps.scan(cell, x, tuple(params) or None, return_info=True)[2]
+            passes = {"passes": info.iterations, "passes_mean": info.iterations_mean}
             _, _, timers = clocks(given, True)
             forward, both = (sorted(timers[k]() for _ in range(7))[3] for k in ("forward", "both"))
             saved = 4 * made.slots / made.unroll if made.save else 0
@@ -169,13 +172,14 @@ def main() -> int:
                 row = {
                     "seed": seed, "direction": direction, "us": us, "byte_us": bytes_us, "instruction_us": issue_us,
                     "instructions": total, "special": special, "ratio": ratio, "shape": shape,
-                    "slots": made.slots, "inputs": made.inputs, "params": made.params, **found, **facts,
+                    "slots": made.slots, "inputs": made.inputs, "params": made.params, **passes, **found, **facts,
                 }  # fmt: skip
                 file.write(json.dumps(row) + "\n")
                 shown.append(f"{us:7.1f} {bytes_us:7.1f} {issue_us:7.1f} {ratio:5.2f}")
             kind = f"{made.slots} {made.inputs} {made.params}"
             print(
-                f"{seed:4d}: {kind} | {' | '.join(shown)} | {found['status']} {found['error']:.1e} {found['gradient_error']:.1e}",
+                f"{seed:4d}: {kind} | {' | '.join(shown)} | {info.iterations} {info.iterations_mean:.2f} | {found['status']} "
+                f"{found['error']:.1e} {found['gradient_error']:.1e}",
                 flush=True,
             )
     print(f"largest ratio {worst:.2f}")

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -87,7 +88,11 @@ def jobs() -> list[tuple]:
             else:
                 tiling, _ = choose(8, 2048, 2048, 2, len(cell.states), 60, 132, None)
             out.append((name, direction, launch, dtype, dataclasses.asdict(tiling)))
-    return out
+    tiling, _ = choose(8, 2048, 2048, 2, 1, 60, 132, None)
+    sines = itertools.product(
+        ["waves"], ["forward", "backward"], ["shoot"], ["bf16", "fp32"], [dataclasses.asdict(tiling)]
+    )
+    return [*out, *sines]
 
 
 def test_kernels_compile_for_hopper_within_their_budgets():
@@ -104,9 +109,11 @@ def test_kernels_compile_for_hopper_within_their_budgets():
         for row in rows
         if row["shared"] > SHARED
         or row["spilled"] > max(SPILLED[row["launch"]], HELD.get((row["cell"], row["direction"]), 0))
-        or (row["launch"] == "shoot" and row["registers"] > REGISTERS[row["cell"], row["direction"]])
+        or (row["launch"] == "shoot" and row["registers"] > REGISTERS.get((row["cell"], row["direction"]), 128))
     ]
     assert over == []
+    # sine and cosine of huge arguments, as libraries have them, take a table on the stack and branches that keep elements apart
+    assert [row["stack"] for row in rows if row["cell"] == "waves"] == [0] * 4
 
 
 if __name__ == "__main__":

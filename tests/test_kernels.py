@@ -1,5 +1,6 @@
 """Generated kernels against the fp64 loop: in Triton's interpreter without a GPU, compiled with one."""
 
+import math
 from typing import Any
 
 import pytest
@@ -357,6 +358,40 @@ def test_functions_are_accurate_in_relative_terms(name, tiling):
     want = function(x[:, :, 0].double())
     got = ps.scan(memoryless, x.to(DEVICE), None, torch.zeros(1, 1, 1, device=DEVICE), solver=KERNEL)[0]
     torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5 if name == "power 100" else 1e-6, atol=1e-44)
+
+
+def applied(function, *values: torch.Tensor) -> torch.Tensor:
+    """`function` of one or two numbers, by a kernel for a cell of as many channels as there are pairs, and one step."""
+
+    @ps.cell
+    def of_one(h: ps.State, a: ps.Input):
+        return function(a) + 0.0 * h
+
+    @ps.cell
+    def of_two(h: ps.State, a: ps.Input, b: ps.Input):
+        return function(a, b) + 0.0 * h
+
+    x = torch.stack(values)[None, None].to(DEVICE)
+    return ps.scan(of_one if len(values) == 1 else of_two, x, solver=KERNEL)[0][0, 0].cpu().double()
+
+
+@pytest.mark.parametrize("function", [torch.sin, torch.cos])
+def test_sine_and_cosine_of_large_arguments(function, tiling):
+    """To float32's last bits, also where few of them are left for the angle; NaN beyond."""
+    tiling(ALONE)
+    size = torch.logspace(-3, 6.5 if ON_GPU else 4, 200)  # the interpreter rounds products
+    x = torch.cat([size, -size, torch.arange(-9, 10) * (math.pi / 4), torch.zeros(1)])
+    torch.testing.assert_close(applied(function, x), function(x.double()), rtol=0, atol=2e-7)
+    assert applied(function, torch.tensor([4e6, -5e8, math.inf, -math.inf, math.nan])).isnan().all()
+
+
+def test_every_angle(tiling):
+    tiling(ALONE)
+    size = [0.0, 1e-30, 1e-3, 0.3, 0.4142, 0.4143, 0.99, 1.0, 2.5, 1e4, 1e30, math.inf]
+    y, x = torch.cartesian_prod(*[torch.tensor([*size, *(-v for v in size[1:]), math.nan])] * 2).unbind(1)
+    torch.testing.assert_close(
+        applied(torch.atan2, y, x), torch.atan2(y.double(), x.double()), rtol=1e-6, atol=1e-37, equal_nan=True
+    )
 
 
 FARTHER_OFF = pytest.mark.xfail(strict=True, reason="gradients 9e-4 off on an H100, more than twice the loop's in fp32")

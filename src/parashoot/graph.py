@@ -139,7 +139,7 @@ class Builder:
 
 # Those that take more than one instruction of a GPU, and roughly how many.
 _INSTRUCTIONS = {
-    "exp": 3, "log": 20, "tanh": 2, "sigmoid": 3, "div": 5, "sin": 30, "cos": 30, "erf": 30, "atan2": 40, "log1p": 40, "expm1": 15, "pow": 4,
+    "exp": 3, "log": 20, "tanh": 2, "sigmoid": 3, "div": 5, "sin": 20, "cos": 20, "erf": 30, "atan2": 40, "log1p": 40, "expm1": 15, "pow": 4,
     "mix": 32, "mix_t": 32, "total": 24,
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ EXPRESSIONS = {
     "lt": "{} < {}", "le": "{} <= {}", "gt": "{} > {}", "ge": "{} >= {}", "eq": "{} == {}", "ne": "{} != {}",
     "and": "{} & {}", "or": "{} | {}", "not": "~{}",
     "exp": "tl.exp({})", "expm1": "expm1({})", "log": "tl.log({})", "log1p": "log1p({})",
-    "sin": "tl.sin({})", "cos": "tl.cos({})", "tanh": "tanh({}, FAST)", "sigmoid": "sigmoid({}, FAST)",
+    "sin": "sin({}, FAST)", "cos": "cos({}, FAST)", "tanh": "tanh({}, FAST)", "sigmoid": "sigmoid({}, FAST)",
     "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})", "abs": "tl.abs({})", "sign": "sign({})",
     "maximum": "larger({}, {})", "minimum": "smaller({}, {})", "where": "tl.where({}, {}, {})",
     "erf": "tl.erf({})", "atan2": "atan2({}, {})",

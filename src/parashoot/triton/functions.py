@@ -30,6 +30,43 @@ def tanh(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def sin(x, FAST: tl.constexpr):
+    """sin x; FAST: the hardware's, about 1e-6 and x's own rounding off. Otherwise `_turned`."""
+    if FAST:
+        return tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return _turned(x, 0)
+
+
+@triton.jit
+def cos(x, FAST: tl.constexpr):
+    """cos x, as `sin`."""
+    if FAST:
+        return tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return _turned(x, 1)
+
+
+@triton.jit
+def _turned(x, quarters):
+    """sin(x + quarters pi/2) within 1e-7, NaN beyond |x| = 4e6, where float32 has two numbers a radian.
+
+    Without branches, unlike the library's, in whose place several elements would wait for one another: the nearest multiple k pi/2 is taken off
+    in three parts, of which the first two times k are exact, then near-minimax polynomials in the square of the rest.
+    """
+    shifted = x * 0.6366197723675814 + 12582912.0  # 1.5 * 2^23: the last bits are those of the rounded integer
+    k = shifted - 12582912.0
+    r = ((x - k * 1.5703125) - k * 4.837512969970703e-4) - k * 7.549790126404332e-8
+    z = r * r
+    sine = ((-1.9495102e-4 * z + 8.331974e-3) * z - 0.16666651) * z * r + r
+    cosine = ((2.443789e-5 * z - 1.3887363e-3) * z + 4.1666646e-2) * z * z - 0.5 * z + 1.0
+    quadrant = shifted.to(tl.int32, bitcast=True) + quarters
+    value = tl.where((quadrant & 1) == 0, sine, cosine)
+    value = tl.where((quadrant & 2) == 0, value, -value)
+    return tl.where(tl.abs(x) < 4e6, value, float("nan"))
+
+
+@triton.jit
 def expm1(x):
     """e^x - 1, near 0 by its series."""
     near = 1.0 + x * (1 / 5) * (1.0 + x * (1 / 6) * (1.0 + x * (1 / 7)))
@@ -52,22 +89,6 @@ def sign(x):
 
 
 @triton.jit
-def atan2(y, x):
-    """The angle of (x, y), by the polynomial of Cephes' atanf on |t| <= tan(pi/8)."""
-    a, b = tl.abs(y), tl.abs(x)
-    low, high = tl.minimum(a, b), tl.maximum(a, b)
-    t = tl.where(high == 0.0, 0.0, low / tl.where(high == 0.0, 1.0, high))
-    fold = t > 0.4142135623730950
-    t = tl.where(fold, (t - 1.0) / (t + 1.0), t)
-    z = t * t
-    angle = (((8.05374449538e-2 * z - 1.38776856032e-1) * z + 1.99777106478e-1) * z - 3.33329491539e-1) * z * t + t
-    angle = tl.where(fold, angle + 0.7853981633974483, angle)
-    angle = tl.where(a > b, 1.5707963267948966 - angle, angle)
-    angle = tl.where(x < 0.0, 3.141592653589793 - angle, angle)
-    return tl.where(y < 0.0, -angle, angle)
-
-
-@triton.jit
 def larger(a, b):
     """max(a, b), NaN if either is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -77,6 +98,22 @@ def larger(a, b):
 def smaller(a, b):
     """min(a, b), NaN if either is."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def atan2(y, x):
+    """The angle of (x, y), by the polynomial of Cephes' atanf on |t| <= tan(pi/8)."""
+    a, b = tl.abs(y), tl.abs(x)
+    low, high = smaller(a, b), larger(a, b)
+    fold = (low >= 0.4142135623730950 * high) & (low > 0.0)
+    over, under = tl.where(fold, low - high, low), tl.where(fold, low + high, high)
+    t = tl.where(low == high, 0.0, over) / tl.where(high == 0.0, 1.0, under)  # the same infinity twice: pi/4
+    z = t * t
+    angle = (((8.05374449538e-2 * z - 1.38776856032e-1) * z + 1.99777106478e-1) * z - 3.33329491539e-1) * z * t + t
+    angle = tl.where(fold, angle + 0.7853981633974483, angle)
+    angle = tl.where(a > b, 1.5707963267948966 - angle, angle)
+    angle = tl.where(x < 0.0, 3.141592653589793 - angle, angle)
+    return tl.where(y < 0.0, -angle, angle)
 
 
 @triton.jit

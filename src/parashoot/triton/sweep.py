@@ -28,7 +28,7 @@ HEADER = """import triton
 import triton.language as tl
 
 from parashoot.triton.functions import (
-    above, atan2, clamped, difference, expm1, finite, full, larger, log1p, sigmoid, sign, smaller, tanh,
+    above, atan2, clamped, cos, difference, expm1, finite, full, larger, log1p, sigmoid, sign, sin, smaller, tanh,
 )
 
 """
