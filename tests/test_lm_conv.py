@@ -36,8 +36,8 @@ def small(monkeypatch):
     monkeypatch.setattr(convolution, "BACKWARD", convolution.Tile(16, 8, 8, 1))
 
 
-def by_loop(u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None) -> Tensor:
-    """y of u (B, T, C), one position and one tap after the other."""
+def by_loop(u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None, heads: int) -> Tensor:
+    """y (B, T, H, C / H) of u (B, T, C), one position and one tap after the other."""
     rows = []
     for b, t in ((b, t) for b in range(u.shape[0]) for t in range(u.shape[1])):
         z = bias
@@ -49,7 +49,7 @@ def by_loop(u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset:
             if reset is not None and t >= j and bool(reset[b, t - j]):
                 break
         rows.append(z / (1 + torch.exp(-z)))
-    return torch.stack(rows).view(u.shape)
+    return torch.stack(rows).view(*u.shape[:2], heads, -1)
 
 
 def problem(
@@ -63,13 +63,14 @@ def problem(
 
 
 def run(function, u, weight, bias, past, dy, reset, device=DEVICE, dtype=None) -> list[Tensor]:
-    """y and the gradients of u, weight, bias and past, if it is there and not empty, on the CPU."""
+    """y and the gradients of u, weight, bias and past, if it is there and not empty, on the CPU; dy (B, T, C) or in heads."""
     place = lambda x: x.to(device, dtype).detach()
     given = [None if x is None else place(x).requires_grad_() for x in (u, weight, bias, past)]
     if u.stride(1) == 2 * u.shape[2] and dtype is None:
         wide = torch.empty(*u.shape[:2], 2 * u.shape[2], dtype=u.dtype, device=device)
         given[0] = wide[..., : u.shape[2]].copy_(u).requires_grad_()
-    y = function(*given, None if reset is None else reset.to(device))
+    y = function(*given, None if reset is None else reset.to(device), 1 if dy.dim() == 3 else dy.shape[2])
+    y = y.flatten(2) if dy.dim() == 3 else y
     leaves = [x for x in given if x is not None and x.numel()]
     return [x.detach().cpu() for x in (y, *torch.autograd.grad(y, leaves, place(dy)))]
 
@@ -123,9 +124,21 @@ def test_any_strides(small):
     apart, reset = u.transpose(1, 2).contiguous().transpose(1, 2), resets(2, 22)[:, ::2]
     x = apart.to(DEVICE).requires_grad_()
     given = [weight.to(DEVICE), bias.to(DEVICE)]
-    causal_conv(x, *given, None, reset.to(DEVICE)).sum().backward()
+    causal_conv(x, *given, None, reset.to(DEVICE), 1).sum().backward()
     want = oracle(u, weight, bias, None, torch.ones_like(u), reset)
     assert x.grad is not None and relative(x.grad.cpu(), want[1]) < 2e-6
+
+
+@pytest.mark.parametrize("function", [causal_conv, shifted_products], ids=["kernels", "products"])
+@pytest.mark.parametrize(("channels", "heads"), [(64, 2), (48, 3), (40, 5)])  # heads of whole tiles, and not
+def test_gradients_that_lie_head_by_head(function, channels, heads, small):
+    u, weight, bias, past, _ = problem(2, 21, channels, 4, True)
+    dy = torch.randn(heads, 2, 21, channels // heads).movedim(0, 2)  # as a product of each head leaves it
+    reset = resets(2, 21)
+    for got, want in zip(
+        run(function, u, weight, bias, past, dy, reset), oracle(u, weight, bias, past, dy, reset), strict=True
+    ):
+        assert relative(got, want) < 2e-6
 
 
 def test_nothing_crosses_a_reset(small):
@@ -151,14 +164,14 @@ def test_large_inputs_do_not_overflow(small):
 def test_it_is_a_sound_operator(small):
     u, weight, bias, past, _ = problem(2, 9, 5, 3, True)
     given = [x.to(DEVICE).requires_grad_() for x in (u, weight, bias, past)]
-    torch.library.opcheck(causal_conv, (*given, resets(2, 9).to(DEVICE)))
-    torch.library.opcheck(causal_conv, (*given[:3], None, None))
+    torch.library.opcheck(causal_conv, (*given, resets(2, 9).to(DEVICE), 1))
+    torch.library.opcheck(causal_conv, (*given[:3], None, None, 5))
 
 
 def test_a_second_derivative_is_refused(small):
     u, weight, bias, _, _ = problem(1, 9, 5, 3, False)
     x = u.to(DEVICE).requires_grad_()
-    y = causal_conv(x, weight.to(DEVICE), bias.to(DEVICE), None, None)
+    y = causal_conv(x, weight.to(DEVICE), bias.to(DEVICE), None, None, 1)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(GradientError, match="CausalConv"):
         grad.sum().backward()
@@ -258,7 +271,7 @@ def test_the_forward_pass_can_be_captured():
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="no GPU")
 def test_the_module_runs_the_kernels_and_no_length_compiles_new_ones():
-    conv, kinds = CausalConv(64, 4).cuda(), []
+    conv, kinds = CausalConv(64, 4, heads=2).cuda(), []
     for batch, time in ((2, 32), (1, 33), (3, 128), (5, 1000)):
         u = torch.randn(batch, time, 64, device="cuda", requires_grad=True)
         y, _ = conv(u)

@@ -178,3 +178,18 @@ def test_dtypes_follow_x_and_h0(structure, stored):
     torch.testing.assert_close(y.double(), want[:, :, cell.output], rtol=slack, atol=1e-5)
     assert scan(cell, x, [p.to(stored) for p in params], None)[1].dtype == stored
     assert scan(cell, x, params, h0.to(stored))[1].dtype == stored
+
+
+def test_a_layer_takes_its_input_in_heads_too():
+    layer = ps.ParaGRU(12, 8, 2, num_heads=4)
+    x, lengths = torch.randn(2, 9, 12), torch.tensor([9, 4])
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(layer(x.unflatten(2, (4, 3)), lengths=lengths), layer(x, lengths=lengths), strict=True)
+    )
+    with pytest.raises(
+        ps.ArgumentError, match=r"\(2, 9, 3, 4\).*D = input_size = 12, or \(B, T, H, D / H\) = \(B, T, 4, 3\)"
+    ):
+        layer(x.unflatten(2, (3, 4)))
+    with pytest.raises(ps.ArgumentError, match=r"D = input_size = 12$|D = input_size = 12\b(?!, or)"):
+        ps.ParaGRU(12, 8)(x.unflatten(2, (1, 12)))

@@ -111,7 +111,7 @@ class RNN(nn.Module):
     def forward(
         self, x: Tensor, h_0: Tensor | None = None, *, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run over a batch of sequences: x (B, T, D) -> (y, h_n).
+        """Run over a batch of sequences: x (B, T, D), or in its heads (B, T, H, D / H), -> (y, h_n).
 
         - `h_0` (num_layers * directions, B, S, C): initial states, zeros by default.
         - `reset` (B, T) bool: a new sequence begins at t. `lengths` (B,): number of real steps of each sequence; outputs
@@ -178,7 +178,7 @@ class RNN(nn.Module):
         return [_Clip.apply(p, clip) if clip and p.dim() == 1 else p for p in found]  # type: ignore[misc]
 
     def prepared(self, x: Tensor, suffix: str = "l0") -> tuple[Cell, Tensor, list[Tensor]]:
-        """What a layer and direction runs over x (B, T, D): a cell, its inputs (B, T, G, C) or, as products by heads leave them,
+        """What a layer and direction runs over x (B, T, D) or (B, T, H, D / H): a cell, its inputs (B, T, G, C) or, as products by heads leave them,
         (B, T, G, H, C / H), and its parameters. Kernels add the bias, as parameters of the cell, without a pass over the inputs."""
         weight, bias = getattr(self, f"weight_ih_{suffix}"), getattr(self, f"bias_{suffix}")
         cell, params = self.cell, self.recurrent(suffix)
@@ -189,7 +189,8 @@ class RNN(nn.Module):
         if self.num_heads == 1:
             flat = None if bias is None else bias.flatten()
             return cell, nn.functional.linear(x, weight[0], flat).unflatten(-1, gates), params
-        z = torch.einsum("bthi,hoi->btho", x.unflatten(-1, (self.num_heads, -1)), weight)
+        x = x if x.dim() == 4 else x.unflatten(-1, (self.num_heads, -1))
+        z = torch.einsum("bthi,hoi->btho", x, weight)
         z = z.unflatten(-1, (gates[0], -1)).transpose(2, 3)
         return cell, z if bias is None else z + bias.unflatten(1, (self.num_heads, -1)).to(z.dtype), params
 
@@ -223,8 +224,10 @@ class RNN(nn.Module):
     def _check(self, x: Tensor, h_0: Tensor | None, lengths: Tensor | None) -> None:
         if not isinstance(x, Tensor):
             bad_type("x", x, f"a tensor (B, T, D) with D = {self.input_size}")
-        if x.dim() != 3 or x.shape[2] != self.input_size:
-            bad_value("x", x, f"shape (B, T, D) with D = input_size = {self.input_size}")
+        heads = (self.num_heads, self.input_size // self.num_heads)
+        if x.dim() not in (3, 4) or (x.shape[2:] != (self.input_size,) and (x.shape[2:] != heads or heads[0] == 1)):
+            or_heads = f", or (B, T, H, D / H) = (B, T, {heads[0]}, {heads[1]})" if heads[0] > 1 else ""
+            bad_value("x", x, f"shape (B, T, D) with D = input_size = {self.input_size}{or_heads}")
         if not x.dtype.is_floating_point:
             bad_value("x", x, "a floating dtype")
         if h_0 is not None:

@@ -33,7 +33,7 @@ class Recurrence(nn.Module):
         d, width = config.hidden_size, config.state_expansion * config.hidden_size
         heads, clip = config.num_heads, config.recurrent_clip
         self.in_proj = nn.Linear(d, 2 * width, bias=False)
-        self.conv = CausalConv(width, config.conv_kernel)
+        self.conv = CausalConv(width, config.conv_kernel, heads)
         self.rnn = RNN(find_cell(config.cell), width, width, num_heads=heads, recurrent_clip=clip)
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.out_proj = ResidualLinear(width, d, bias=False)
@@ -46,7 +46,7 @@ class Recurrence(nn.Module):
         u, g = self.in_proj(x).chunk(2, -1)
         u, conv = self.conv(u, conv, reset)
         if x.shape[1] == 1 and state is not None and reset is None:
-            y, state = self.rnn.step(u.squeeze(1), state)
+            y, state = self.rnn.step(u.flatten(2).squeeze(1), state)
             y = y.unsqueeze(1)
         else:
             y, state = self.rnn(u, state, reset=reset)

@@ -18,11 +18,13 @@ WIDEST = 8  # taps the kernels hold in registers
 class CausalConv(nn.Module):
     """y_t = silu(b + sum_{j < k} w_j u_{t-j}), for each channel by itself; the sum ends where a new sequence began.
 
-    On a GPU more than one position runs in kernels that read and write each element once, forward and backward.
+    On a GPU more than one position runs in kernels that read and write each element once, forward and backward. y has its channels in
+    `heads`, as what follows takes them: its gradient then need not be put together.
     """
 
-    def __init__(self, channels: int, kernel: int):
+    def __init__(self, channels: int, kernel: int, heads: int = 1):
         super().__init__()
+        self.heads = heads
         self.weight = nn.Parameter(torch.empty(kernel, channels))
         self.bias = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
@@ -33,13 +35,14 @@ class CausalConv(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, u: Tensor, past: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """u (B, T, C), past inputs (B, k - 1, C) or None for zeros, reset (B, T) bool -> (y (B, T, C), past after u).
+        """u (B, T, C), past inputs (B, k - 1, C) or None for zeros, reset (B, T) bool -> (y (B, T, C), with several heads (B, T, H, C / H), past after u).
 
         In the returned past, inputs from before the last reset are zero, so it needs no mask of its own.
         """
         taps, time = self.weight.shape[0], u.shape[1]
         fused = TRITON and u.is_cuda and time > 1 and u.dtype in STORED and taps <= WIDEST
-        y = (causal_conv if fused else shifted_products)(u, self.weight, self.bias, past, reset)
+        y = (causal_conv if fused else shifted_products)(u, self.weight, self.bias, past, reset, self.heads)
+        y = y if self.heads > 1 else y.flatten(2)
         last = _joined(past, u[:, max(time - taps + 1, 0) :], taps - 1)
         after = last[:, last.shape[1] - taps + 1 :]
         if reset is not None:
@@ -53,8 +56,10 @@ def _joined(past: Tensor | None, u: Tensor, reach: int) -> Tensor:
     return F.pad(u, (0, 0, reach, 0)) if past is None else torch.cat([past.to(u.dtype), u], 1)
 
 
-def shifted_products(u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None) -> Tensor:
-    """y by k products of u with itself shifted: faster than a grouped `conv1d` in the layout (B, T, C), and fuses under compile."""
+def shifted_products(
+    u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None, heads: int
+) -> Tensor:
+    """y (B, T, H, C / H) by k products of u with itself shifted: faster than a grouped `conv1d` in the layout (B, T, C), and fuses under compile."""
     reach, time = weight.shape[0] - 1, u.shape[1]
     padded = _joined(past, u, reach)
     document = None if reset is None else F.pad(reset.cumsum(1), (reach, 0))
@@ -65,15 +70,17 @@ def shifted_products(u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | Non
         if document is not None and j:
             tap = tap.masked_fill((document[:, start : start + time] != document[:, reach:])[:, :, None], 0.0)
         y = torch.addcmul(y, tap, weight[j])
-    return F.silu(y)
+    return F.silu(y).unflatten(2, (heads, -1))
 
 
 @torch.library.custom_op("parashoot::causal_conv", mutates_args=())
-def causal_conv(u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None) -> Tensor:
-    """y by the kernels: sums in float32 from parameters in their own dtype, one rounding to the dtype of u."""
+def causal_conv(
+    u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None, heads: int
+) -> Tensor:
+    """y (B, T, H, C / H) by the kernels: sums in float32 from parameters in their own dtype, one rounding to the dtype of u."""
     from ..triton.convolution import run_forward  # Triton is imported where it is used
 
-    return run_forward(u, weight, bias, past, reset)
+    return run_forward(u, weight, bias, past, reset).unflatten(2, (heads, -1))
 
 
 @torch.library.custom_op("parashoot::causal_conv_backward", mutates_args=())
@@ -87,8 +94,8 @@ def causal_conv_backward(
 
 
 @causal_conv.register_fake
-def _(u, weight, bias, past, reset):
-    return u.new_empty(u.shape)
+def _(u, weight, bias, past, reset, heads):
+    return u.new_empty(*u.shape[:2], heads, u.shape[2] // heads)
 
 
 @causal_conv_backward.register_fake
@@ -100,7 +107,7 @@ def _(dy, u, weight, bias, past, reset):
 def _backward(ctx, dy):
     u, weight, bias, past, reset = ctx.saved_tensors
     du, sums, dpast = causal_conv_backward(dy, u, weight, bias, past, reset)
-    return du, sums[:-1].to(weight.dtype), sums[-1].to(bias.dtype), None if past is None else dpast, None
+    return du, sums[:-1].to(weight.dtype), sums[-1].to(bias.dtype), None if past is None else dpast, None, None
 
 
 def _no_second_derivative(ctx, *grads):
@@ -109,5 +116,5 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-causal_conv.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+causal_conv.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:-1]))
 causal_conv_backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)

@@ -89,7 +89,7 @@ def _first_layer(model: ParaRNNForCausalLM, tokens: Tensor) -> tuple[RNN, Tensor
     with torch.no_grad():
         model(tokens[None])
     hook.remove()
-    return layer, seen[0].detach().clone().requires_grad_()
+    return layer, seen[0].detach().flatten(2).clone().requires_grad_()
 
 
 def _timed(run: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[float, Tensor]:

@@ -174,14 +174,15 @@ def _back(
 
 @triton.jit(do_not_specialize=FIXED)
 def backward(
-    u_ptr, dy_ptr, w_ptr, b_ptr, past_ptr, reset_ptr, du_ptr, dpast_ptr, sums_ptr, T, C, segments, u_b, u_t, dy_b, dy_t, p_b, p_t,
-    r_b, r_t,
+    u_ptr, dy_ptr, w_ptr, b_ptr, past_ptr, reset_ptr, du_ptr, dpast_ptr, sums_ptr, T, C, segments, u_b, u_t, dy_b, dy_t, dy_h, p_b, p_t,
+    r_b, r_t, width,
     K: tl.constexpr, PAST: tl.constexpr, RESET: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dz = dy silu'(z); du_s = sum_j w_j dz_{s+j}; of this segment, sum_t dz_t u_{t-j} and sum_t dz_t."""
+    """dz = dy silu'(z); du_s = sum_j w_j dz_{s+j}; of this segment, sum_t dz_t u_{t-j} and sum_t dz_t. dy lies in heads of `width`."""
     col, b, t0, left = _place(T, C, segments, STEPS, BLOCK)
     u_ptr += b * u_b + t0.to(tl.int64) * u_t
-    dy_ptr += b * dy_b + t0.to(tl.int64) * dy_t
+    head = tl.program_id(0) % ((C + BLOCK - 1) // BLOCK) * BLOCK // width
+    dy_ptr += b * dy_b + t0.to(tl.int64) * dy_t + head.to(tl.int64) * (dy_h - width)
     past_ptr += b * p_b
     reset_ptr += b * r_b + t0.to(tl.int64) * r_t
     du_ptr += (b * T + t0) * C
@@ -238,12 +239,18 @@ def run_forward(
 def run_backward(
     dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(du, gradients (k + 1, C) in float32 of weight and, the last row, bias, dpast, which is empty without a past)."""
+    """(du, gradients (k + 1, C) in float32 of weight and, the last row, bias, dpast, which is empty without a past).
+
+    dy (B, T, H, C / H): channels in heads, which may lie wherever they do.
+    """
     (batch, time, channels), taps, tile = u.shape, len(weight), tile or BACKWARD
-    du, dy = u.new_empty(u.shape), _near(dy)
+    if dy.stride(3) != 1 or dy.stride(1) >= 2**22 or (dy.shape[2] > 1 and dy.shape[3] % tile.block):
+        dy = dy.reshape(batch, time, 1, channels).contiguous()
+    du = u.new_empty(u.shape)
     dpast = u.new_empty(0) if past is None else past.new_empty(past.shape)
     sums = u.new_empty(batch * -(-time // tile.steps), taps + 1, channels, dtype=torch.float32)
     given = {"w_ptr": weight.contiguous(), "b_ptr": bias.contiguous(), "dy_ptr": dy, "du_ptr": du}
-    given |= {"dpast_ptr": dpast, "sums_ptr": sums, "dy_b": dy.stride(0), "dy_t": dy.stride(1)}
+    given |= {"dpast_ptr": dpast, "sums_ptr": sums, "dy_b": dy.stride(0), "dy_t": dy.stride(1), "dy_h": dy.stride(2)}
+    given |= {"width": dy.shape[3]}
     _launch(backward, tile, u, past, reset, taps, **given)
     return du, sums.sum(0), dpast
