@@ -35,8 +35,11 @@ RUNS = Path("runs/enwik8")
 RATES = {
     "gated-delta": (1e-3, 2e-3, 4e-3), "transformer": (5e-4, 1e-3, 2e-3), "paragru": (2e-3, 4e-3, 8e-3), "paralstm": (2e-3, 4e-3, 8e-3),
 }  # fmt: skip
-VARIANTS = {"heads 1": {"num_heads": 1}, "heads 8": {"num_heads": 8}, "state x2": {"state_expansion": 2}}
-"""Changes to the GRU, run at its middle rate."""
+VARIANTS = {
+    "heads 1": {"num_heads": 1}, "heads 8": {"num_heads": 8}, "state x2": {"state_expansion": 2},
+    "state x4 for MLP": {"state_expansion": 4, "num_heads": 16, "num_hidden_layers": 6, "intermediate_size": 384},
+}  # fmt: skip
+"""Changes to the GRU, run at its middle rate; the last one has as many parameters as without."""
 NAMES = ("kind", "model", "variant", "learning_rate", "steps")
 
 
