@@ -178,8 +178,8 @@ class RNN(nn.Module):
         return [_Clip.apply(p, clip) if clip and p.dim() == 1 else p for p in found]  # type: ignore[misc]
 
     def prepared(self, x: Tensor, suffix: str = "l0") -> tuple[Cell, Tensor, list[Tensor]]:
-        """What a layer and direction runs over x (B, T, D) or (B, T, H, D / H): a cell, its inputs (B, T, G, C) or, as products by heads leave them,
-        (B, T, G, H, C / H), and its parameters. Kernels add the bias, as parameters of the cell, without a pass over the inputs."""
+        """What a layer and direction runs over x (B, T, D) or (B, T, H, D / H): a cell, its inputs (B, T, G, C) or, as products by heads
+        leave them, (B, T, G, H, C / H), and its parameters. Kernels add the bias, as parameters of the cell, without a pass over the inputs."""
         weight, bias = getattr(self, f"weight_ih_{suffix}"), getattr(self, f"bias_{suffix}")
         cell, params = self.cell, self.recurrent(suffix)
         kernels = x.is_cuda or getattr(self.solver, "backend", None) == "triton"
@@ -225,7 +225,8 @@ class RNN(nn.Module):
         if not isinstance(x, Tensor):
             bad_type("x", x, f"a tensor (B, T, D) with D = {self.input_size}")
         heads = (self.num_heads, self.input_size // self.num_heads)
-        if x.dim() not in (3, 4) or (x.shape[2:] != (self.input_size,) and (x.shape[2:] != heads or heads[0] == 1)):
+        shapes = [(self.input_size,), heads] if heads[0] > 1 else [(self.input_size,)]
+        if tuple(x.shape[2:]) not in shapes:
             or_heads = f", or (B, T, H, D / H) = (B, T, {heads[0]}, {heads[1]})" if heads[0] > 1 else ""
             bad_value("x", x, f"shape (B, T, D) with D = input_size = {self.input_size}{or_heads}")
         if not x.dtype.is_floating_point:

@@ -30,7 +30,8 @@ class TrainConfig:
     - `data`: a directory written by `parashoot data`; None: the shipped corpus.
     - `micro_batch_size`: windows that a process takes at a time, gradients accumulated; None: its whole share.
     - `compile` each block. `cuda_graph`: on one GPU, from the third step on, passes are replayed from a CUDA graph, with the same result
-      and without hooks on modules; not where they wait for the GPU, nor with activation checkpointing. `activation_checkpointing`: keep only the blocks' inputs for backward.
+      and without hooks on modules; not where they wait for the GPU, nor with activation checkpointing.
+    - `activation_checkpointing`: keep only the blocks' inputs for backward.
     - `checkpoint_every` so many steps, and at the end; the last `keep_checkpoints` stay.
     - `statistics_every` so many steps, log how the recurrent layers were solved. `tensorboard`: write its logs too.
 
