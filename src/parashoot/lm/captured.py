@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Batch = list[tuple[Tensor, Tensor | None]]
+"""A batch in the pieces of one pass: ids and reset, or inputs and targets, each (b, T), on the device."""
 
 WAITED, NOTICE = "called a synchronizing CUDA operation", "Synchronization debug mode"
 

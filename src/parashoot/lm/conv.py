@@ -35,9 +35,9 @@ class CausalConv(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, u: Tensor, past: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """u (B, T, C), past inputs (B, k - 1, C) or None for zeros, reset (B, T) bool -> (y (B, T, C), with several heads (B, T, H, C / H), past after u).
+        """u (B, T, C), past inputs (B, k - 1, C) or None for zeros, reset (B, T) bool -> (y (B, T, C), past after u).
 
-        In the returned past, inputs from before the last reset are zero, so it needs no mask of its own.
+        With several heads y is (B, T, H, C / H). In the returned past, inputs from before the last reset are zero, so it needs no mask of its own.
         """
         taps, time = self.weight.shape[0], u.shape[1]
         fused = TRITON and u.is_cuda and time > 1 and u.dtype in STORED and taps <= WIDEST

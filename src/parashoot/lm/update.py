@@ -54,8 +54,8 @@ class Late:
 class Training:
     """A model and its optimizer on these processes, as `config` says.
 
-    `failed` becomes 1, on the device, when a loss or a gradient is not finite; from then on updates change nothing. A batch is what a
-    process takes of one, in the pieces of a pass: ids and reset, each (b, T), on the device. `captured`: the passes as a CUDA graph.
+    `failed` becomes 1, on the device, when a loss or a gradient is not finite; from then on updates change nothing.
+    `captured`: the passes as a CUDA graph, None where they may not be one.
     """
 
     config: TrainConfig

@@ -166,9 +166,11 @@ def _with_solver(layers: list[RNN], solver: Solver | None) -> Iterator[None]:
     own = [layer.solver for layer in layers]
     for layer in layers:
         layer.solver = solver
-    yield
-    for layer, before in zip(layers, own, strict=True):
-        layer.solver = before
+    try:
+        yield
+    finally:
+        for layer, before in zip(layers, own, strict=True):
+            layer.solver = before
 
 
 def _solved(model: Any, x: Tensor) -> dict[str, float]:
