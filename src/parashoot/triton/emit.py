@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 from ..graph import Atom, Graph
 
 EXPRESSIONS = {
-    "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}",
+    "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "divided({}, {}, FAST)", "neg": "-{}",
     "lt": "{} < {}", "le": "{} <= {}", "gt": "{} > {}", "ge": "{} >= {}", "eq": "{} == {}", "ne": "{} != {}",
     "and": "{} & {}", "or": "{} | {}", "not": "~{}",
-    "exp": "tl.exp({})", "expm1": "expm1({})", "log": "tl.log({})", "log1p": "log1p({})",
+    "exp": "exp({}, FAST)", "expm1": "expm1({}, FAST)", "log": "log({}, FAST)", "log1p": "log1p({}, FAST)",
     "sin": "sin({}, FAST)", "cos": "cos({}, FAST)", "tanh": "tanh({}, FAST)", "sigmoid": "sigmoid({}, FAST)",
-    "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})", "abs": "tl.abs({})", "sign": "sign({})",
+    "sqrt": "sqrt({}, FAST)", "rsqrt": "rsqrt({}, FAST)", "abs": "tl.abs({})", "sign": "sign({})",
     "maximum": "larger({}, {})", "minimum": "smaller({}, {})", "where": "tl.where({}, {}, {})",
-    "erf": "tl.erf({})", "atan2": "atan2({}, {})",
+    "erf": "erf({}, FAST)", "atan2": "atan2({}, {}, FAST)",
     "mix": "mixed({1}, {0}_t, inside, same, FAST, MASKED, APART)", "mix_t": "mixed({1}, {0}, inside, same, FAST, MASKED, APART)",
     "total": "totalled({}, inside, same, FAST, MASKED, APART)",
 }  # fmt: skip
@@ -25,7 +25,7 @@ def power(name: str, base: str, exponent: float) -> list[str]:
     """name = base ** exponent for a constant exponent: an integer by repeated squaring."""
     n, square, factors, out = abs(exponent), base, [], []
     if not math.isfinite(n) or n != int(n):
-        return [f"{name} = tl.exp({exponent!r} * tl.log({base}))"]
+        return [f"{name} = exp({exponent!r} * log({base}, FAST), FAST)"]
     n = int(n)
     while n:
         if n & 1:
@@ -35,7 +35,7 @@ def power(name: str, base: str, exponent: float) -> list[str]:
             out.append(f"{name}_{len(out)} = {square} * {square}")
             square = f"{name}_{len(out) - 1}"
     product = " * ".join(factors) or "1.0"
-    return [*out, f"{name} = {product}" if exponent > 0 else f"{name} = 1.0 / ({product})"]
+    return [*out, f"{name} = {product}" if exponent > 0 else f"{name} = divided(1.0, {product}, FAST)"]
 
 
 def atom(a: Atom) -> str:

@@ -28,7 +28,7 @@ HEADER = """import triton
 import triton.language as tl
 
 from parashoot.triton.functions import (
-    above, atan2, clamped, cos, difference, expm1, finite, full, larger, log1p, sigmoid, sign, sin, smaller, tanh,
+    above, atan2, clamped, cos, difference, divided, erf, exp, expm1, finite, full, larger, log, log1p, rsqrt, sigmoid, sign, sin, smaller, sqrt, tanh,
 )
 
 """
@@ -461,13 +461,13 @@ def _load_inputs(s: Source, u: int, lead: bool, boundary: str) -> list[str]:
 
 
 def _snapshot(s: Source) -> list[str]:
-    """Every `snap` positions, the carry goes on record: where a correction may begin."""
+    """Every `snap` positions, the carry goes on record: where a correction may begin. A counter, not a division in every trip."""
     if s.width is not None:
         return []
-    slots = s.slots
-    at = f"starts_ptr + (b * {slots} * records + (base + t) // snap) * C + col"
-    stores = [f"tl.store({at} + {i} * records * C, v{i}, mask=inside & (t % snap == 0))" for i in range(slots)]
-    return ["if not ALONE:", *[f"    {store}" for store in stores]]
+    at = f"starts_ptr + (b * {s.slots} * records + part * (CL // snap) + kept) * C + col"
+    stores = [f"tl.store({at} + {i} * records * C, v{i}, mask=inside & (t == kept * snap))" for i in range(s.slots)]
+    count = ["kept += (t == kept * snap).to(tl.int32)"]
+    return ["if not ALONE:", *[f"    {line}" for line in stores + count]]
 
 
 def _cut(s: Source, u: int, carries: list[str], jacobian: bool) -> list[str]:
