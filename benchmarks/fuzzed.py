@@ -13,6 +13,7 @@ import argparse
 import json
 import linecache
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -136,7 +137,7 @@ def main() -> int:
     parser.add_argument("--commit")
     options = parser.parse_args()
     seeds, shape = range(*map(int, options.seeds.split(":"))), tuple(options.shape)
-    with multiprocessing.get_context("spawn").Pool(min(12, len(seeds))) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(max(1, (os.cpu_count() or 2) // 2), len(seeds))) as pool:
         for problem_found in filter(None, pool.imap_unordered(compile_one, [(s, shape) for s in seeds])):
             print("does not compile:", problem_found, flush=True)
     device = torch.device("cuda")

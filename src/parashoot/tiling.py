@@ -53,11 +53,16 @@ def stages_for(slots: int, heads: bool = False) -> int:
 
 
 _BURN = {2: 32, 4: 48}  # steps led in at first, by the bytes of a number: float32 has to forget more exactly
+_PROBE = 16  # the same where steps are long and led in with Jacobians: most cells have forgotten by then, of others it says how far back to begin
 WIDEST = 128  # channels of a program, at most
 _SHORTEST = 128  # steps of a chunk: leading in costs a fraction
 _STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full
 _LAUNCH = 6e-6  # of the second launch and of reading what the first recorded
-_HEAVY = (100, 300)  # instructions of the adjoint beyond which arithmetic takes the time: up to two states, more
+_HEAVY = 100  # instructions of the adjoint from which on arithmetic takes the time
+_CROWDED = (
+    220,
+    400,
+)  # from which on, up to two states and with more, four channels a thread leave registers for too few warps
 _ELEMENTS = 512  # carries that a multiprocessor advances at once: enough loads in flight to keep the memory busy
 
 
@@ -75,21 +80,22 @@ def choose(
 
     `instructions` of the step's adjoint tell whether bytes or arithmetic take the time; `chunk_length` as asked for or None.
     """
-    unroll = unroll_for(slots)
-    heavy = instructions >= _HEAVY[slots > 2]
-    full = processors * _ELEMENTS * (2 if heavy and slots <= 2 else 1)
-    wide = batch * channels * 8 >= full and channels >= 128 and slots <= 2 and not heavy
-    # many states and long steps: one channel a thread leaves registers for more warps; else a line of the cache
-    most = 32 if (heavy and slots > 2) or itemsize > 2 else 64
-    burn = _BURN[itemsize]
-    columns = WIDEST if wide else max(16, min(most, 1 << (channels - 1).bit_length()))
+    unroll, short = unroll_for(slots), itemsize == 2
+    light = instructions < _HEAVY and slots <= 2
+    # long steps want more carries at once, four to a thread: while one waits for the special function unit another goes on
+    deep = short and not light and instructions < _CROWDED[slots > 2]
+    full = processors * _ELEMENTS * (2 if deep or (not short and not light and slots <= 2) else 1)
+    wide = (light or deep) and batch * channels * 8 >= full and channels >= WIDEST
+    columns = WIDEST if wide else max(16, min(64 if short else 32, 1 << (channels - 1).bit_length()))
+    burn = _BURN[itemsize] if light or not short else _PROBE
     stages = stages_for(slots)
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     else:
         chunks, reasons = _chunks(batch * channels, "channels", time, unroll, full, burn)
     narrow = min(columns, 64 if slots <= 2 else 32)
-    return Tiling(columns, max(1, columns // 64), unroll, stages, chunks, burn, 16, narrow), tuple(reasons)
+    warps = 2 if wide and light else 1
+    return Tiling(columns, warps, unroll, stages, chunks, burn, 16, narrow), tuple(reasons)
 
 
 def _chunks(width: int, unit: str, time: int, unroll: int, full: int, burn: int) -> tuple[int, list[str]]:

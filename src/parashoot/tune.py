@@ -65,14 +65,19 @@ def tune(
 
 
 def _candidates(start: Tiling, time: int, channels: int, heads: bool) -> list[Tiling]:
-    widths = {start.columns, *(w for w in (32, 64, 128) if not heads and w <= max(start.columns, channels))}
+    tiles = {(start.columns, start.warps), *((w, max(1, w // 64)) for w in (32, 64, 128)), (128, 1)}
+    tiles = (
+        {(w, n) for w, n in tiles if w <= max(start.columns, channels)} if not heads else {(start.columns, start.warps)}
+    )
     most = max(1, min(time // start.burn, MOST_ROWS if heads else time))
     counts = {n for n in (start.chunks // 2, start.chunks, start.chunks * 2) if 1 <= n <= most}
-    return [
-        replace(start, columns=w, warps=max(1, w // 64), chunks=n, narrow=min(w, start.narrow))
-        for w in sorted(widths)
-        for n in sorted(counts)
+    cut = [
+        replace(start, columns=w, warps=n, chunks=c, narrow=min(w, start.narrow))
+        for w, n in sorted(tiles)
+        for c in sorted(counts)
     ]
+    leads = [replace(start, burn=b) for b in (16, 32, 64) if b != start.burn and start.chunks > 1]
+    return cut + leads
 
 
 def _time(cell: Cell, x: Tensor, params: list[Tensor], repeats: int) -> float:

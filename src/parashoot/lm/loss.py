@@ -6,8 +6,7 @@ at a time, and their gradient is taken in the same pass.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import importlib.util
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from .parts import working
 
 ROWS = 4096
 IGNORED = -100
+TRITON = importlib.util.find_spec("triton") is not None
 
 
 def next_token_loss(
@@ -58,10 +58,9 @@ class _InPieces(torch.autograd.Function):
         total = z_part = hidden.new_zeros((), dtype=exact)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.zeros_like(weight, dtype=exact) if wanted else None
-        score = _compiled_score() if hidden.is_cuda and not torch.compiler.is_compiling() else _score
         for start in range(0, hidden.shape[0], ROWS):
             h = hidden[start : start + ROWS]
-            losses, squares, d_logits = score(h @ low.T, targets[start : start + ROWS], z_loss)
+            losses, squares, d_logits = _score(h @ low.T, targets[start : start + ROWS], z_loss, wanted)
             total, z_part = total + losses, z_part + squares
             if d_hidden is not None and d_weight is not None:
                 d_hidden[start : start + ROWS] = d_logits @ low
@@ -82,8 +81,12 @@ class _InPieces(torch.autograd.Function):
         return d_hidden * grad.to(d_hidden.dtype), (d_weight * grad).to(ctx.dtype), None, None, None
 
 
-def _score(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over tokens of the loss and of the z-loss in it, and the gradient of the former by the logits, in their dtype."""
+def _score(logits: Tensor, targets: Tensor, z_loss: float, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over tokens of the loss and of the z-loss in it, and, where `wanted`, the gradient of the former by the logits, in their dtype."""
+    if TRITON and logits.is_cuda and logits.dtype != torch.float64 and not torch.compiler.is_compiling():
+        from ..triton.cross_entropy import run_score
+
+        return *run_score(logits, targets, z_loss, IGNORED, wanted), logits
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     scored = (targets != IGNORED).unsqueeze(1)
     index = targets.unsqueeze(1).where(scored, 0)
@@ -94,9 +97,3 @@ def _score(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tens
     hit = torch.arange(logits.shape[1], device=logits.device) == index
     gradient = (1 + 2 * z_loss * lse) * (exact - lse).exp() - hit.to(exact.dtype)
     return loss.sum(), square.sum(), gradient.where(scored, 0.0).to(logits.dtype)
-
-
-@functools.cache
-def _compiled_score() -> Any:
-    """`_score` as two passes over the logits instead of a dozen."""
-    return torch.compile(_score, dynamic=False)

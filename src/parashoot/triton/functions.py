@@ -71,7 +71,9 @@ def exp(x, FAST: tl.constexpr):
     """e^x; FAST: what is below 2^-126 is zero, which spares three of five instructions."""
     if FAST:
         y = 1.4426950408889634 * x
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.exp(x)
 
@@ -115,7 +117,9 @@ def log1p(x, FAST: tl.constexpr):
 def sqrt(x, FAST: tl.constexpr):
     """The square root; FAST: what is below 2^-126 is zero."""
     if FAST:
-        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.sqrt(x)
 
@@ -124,7 +128,9 @@ def sqrt(x, FAST: tl.constexpr):
 def rsqrt(x, FAST: tl.constexpr):
     """1 / sqrt(x), as `sqrt`."""
     if FAST:
-        return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.rsqrt(x)
 
@@ -133,7 +139,9 @@ def rsqrt(x, FAST: tl.constexpr):
 def divided(a, b, FAST: tl.constexpr):
     """a / b; FAST: by the hardware's reciprocal, which is zero for |b| > 2^126: 2 instructions in place of 9."""
     if FAST:
-        return a * tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=True, pack=1)
+        return a * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return a / b
 
@@ -174,7 +182,9 @@ def atan2(y, x, FAST: tl.constexpr):
     low, high = smaller(a, b), larger(a, b)
     fold = (low >= 0.4142135623730950 * high) & (low > 0.0)
     over, under = tl.where(fold, low - high, low), tl.where(fold, low + high, high)
-    t = divided(tl.where(low == high, 0.0, over), tl.where(high == 0.0, 1.0, under), FAST)  # the same infinity twice: pi/4
+    t = divided(
+        tl.where(low == high, 0.0, over), tl.where(high == 0.0, 1.0, under), FAST
+    )  # the same infinity twice: pi/4
     z = t * t
     angle = (((8.05374449538e-2 * z - 1.38776856032e-1) * z + 1.99777106478e-1) * z - 3.33329491539e-1) * z * t + t
     angle = tl.where(fold, angle + 0.7853981633974483, angle)
