@@ -53,7 +53,7 @@ def stages_for(slots: int, heads: bool = False) -> int:
 
 
 _BURN = {2: 32, 4: 48}  # steps led in at first, by the bytes of a number: float32 has to forget more exactly
-_PROBE = 16  # the same where steps are long and led in with Jacobians: most cells have forgotten by then, of others it says how far back to begin
+_PROBE = 16  # the same where steps are long: most cells have forgotten by then, of others it says how far back to begin
 WIDEST = 128  # channels of a program, at most
 _SHORTEST = 128  # steps of a chunk: leading in costs a fraction
 _STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full
@@ -82,12 +82,12 @@ def choose(
     """
     unroll, short = unroll_for(slots), itemsize == 2
     light = instructions < _HEAVY and slots <= 2
-    # long steps want more carries at once, four to a thread: while one waits for the special function unit another goes on
+    # long steps want more carries at once, four to a thread: while one waits for its operands another goes on
     deep = short and not light and instructions < _CROWDED[slots > 2]
     full = processors * _ELEMENTS * (2 if deep or (not short and not light and slots <= 2) else 1)
     wide = (light or deep) and batch * channels * 8 >= full and channels >= WIDEST
     columns = WIDEST if wide else max(16, min(64 if short else 32, 1 << (channels - 1).bit_length()))
-    burn = _BURN[itemsize] if light or not short else _PROBE
+    burn = _PROBE if short and not light and slots <= 2 else _BURN[itemsize]
     stages = stages_for(slots)
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]

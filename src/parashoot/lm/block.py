@@ -18,6 +18,7 @@ from .attention import Attention
 from .config import ParaRNNConfig
 from .conv import CausalConv
 from .gated_delta import GatedDelta
+from .mlp import SwiGLU
 from .parts import ResidualLinear, RMSNorm
 
 
@@ -55,29 +56,6 @@ class Recurrence(nn.Module):
 
 MIXERS = {"rnn": Recurrence, "attention": Attention, "gated_delta": GatedDelta}
 """`mixer` of the configuration -> its class."""
-
-
-TOGETHER = 64
-"""Rows of a SwiGLU's matrix that stay together where those of its halves are taken in turns: one line of a GPU's cache in bf16."""
-
-
-class SwiGLU(nn.Module):
-    """W_down (silu(a) * b), with a, b = W_up x: (..., d) -> (..., d)."""
-
-    def __init__(self, config: ParaRNNConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        plain = type(self.up_proj) is nn.Linear  # no adapter in its place
-        if not torch.compiler.is_compiling() or not plain or self.down_proj.in_features % TOGETHER:
-            a, b = self.up_proj(x).chunk(2, -1)
-            return self.down_proj(F.silu(a) * b)
-        # Rows of a and b in turns, so that a line of the cache serves both gradients, which one kernel writes. The copy rides in the cast of W.
-        weight = self.up_proj.weight.view(2, -1, TOGETHER, x.shape[-1]).transpose(0, 1).flatten(0, 2)
-        a, b = F.linear(x, weight).unflatten(-1, (-1, 2, TOGETHER)).unbind(-2)
-        return self.down_proj((F.silu(a) * b).flatten(-2))
 
 
 class Block(nn.Module):

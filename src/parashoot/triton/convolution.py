@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .functions import logistic
+
 
 class Tile(NamedTuple):
     """What a program takes: channels, positions, positions loaded together (a divisor), warps."""
@@ -88,18 +90,6 @@ def _before(
 
 
 @triton.jit
-def _sigmoid(z, FAST: tl.constexpr):
-    """1 / (1 + e^-z); FAST: as exact to 3e-7 of it, in the hardware's 4 instructions, which take numbers below 2^-126 for zero."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1; add.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;",
-            "=f,f", [z * -1.4426950408889634], tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return 1.0 / (1.0 + tl.exp(-z))
-
-
-@triton.jit
 def _activated(u, window, w, bias, age, K: tl.constexpr, RESET: tl.constexpr, FAST: tl.constexpr):
     """The K inputs that reach a position, latest first, their weighted sum z and its sigmoid."""
     inputs = (u,)
@@ -110,7 +100,7 @@ def _activated(u, window, w, bias, age, K: tl.constexpr, RESET: tl.constexpr, FA
             v = tl.where(age >= j, v, 0.0)
         inputs += (v,)
         z += w[j] * v
-    return inputs, z, _sigmoid(z, FAST)
+    return inputs, z, logistic(z, FAST)
 
 
 @triton.jit(do_not_specialize=FIXED)

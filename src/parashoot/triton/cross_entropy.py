@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 16_384, 32  # logits at a time; 1,024 threads, of which a multiprocessor runs two such programs
+BLOCK, WARPS = 4096, 16  # logits at a time
 
 
 @triton.jit
@@ -50,9 +50,8 @@ def run_score(logits: Tensor, targets: Tensor, z_loss: float, ignored: int, want
     """Sums over rows (N, V) of the loss and of the z-loss in it, float32; `wanted`: `logits` become their gradient of the former."""
     rows, width = logits.shape
     sums = logits.new_empty(rows, 2, dtype=torch.float32)
+    options = {"GRAD": wanted, "BLOCK": BLOCK, "num_warps": WARPS}
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
-        score[(rows,)](
-            logits, targets, sums, logits.stride(0), width, z_loss, ignored, GRAD=wanted, BLOCK=BLOCK, num_warps=WARPS
-        )
+        score[(rows,)](logits, targets, sums, logits.stride(0), width, z_loss, ignored, **options)
     loss, square = sums.sum(0).unbind(0)
     return loss, square

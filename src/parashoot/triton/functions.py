@@ -94,8 +94,9 @@ def expm1(x, FAST: tl.constexpr):
 def log(x, FAST: tl.constexpr):
     """log x; FAST: the hardware's, 2e-7 off between 1/2 and 2, and what is below 2^-126 is zero: 2 instructions in place of 30."""
     if FAST:
-        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-        return 0.6931471805599453 * y
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1; mul.f32 $0, $0, 0f3F317218;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.log(x)
 
@@ -144,6 +145,12 @@ def divided(a, b, FAST: tl.constexpr):
         )
     else:
         return a / b
+
+
+@triton.jit
+def logistic(x, FAST: tl.constexpr):
+    """1 / (1 + e^-x), exact to 3e-7 of it; FAST: what is below 2^-126 is zero."""
+    return divided(1.0, 1.0 + exp(-x, FAST), FAST)
 
 
 @triton.jit

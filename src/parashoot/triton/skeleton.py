@@ -67,9 +67,9 @@ def {name}_run(
             $$j{i}{k} = clamped(m{i}{k})$$
             left = tl.max(tl.max(tl.where(live, {weight}, 0.0), 1), 0)
             settled = left <= goal
-            # where m shrinks: how far back it would be within the goal, and a quarter more; after a few steps it may yet have to begin
-            needed = tl.log(goal) / tl.log(tl.minimum(left, 0.9)) * 1.25
-            needed = tl.where(left < 0.9, needed, tl.where(n < 32, 4.0, 1e6))
+            # where m shrinks: how far back it would be within the goal, and a quarter more; a few steps alone say little about that
+            needed = tl.where(left < 0.9, tl.log(goal) / tl.log(tl.minimum(left, 0.9)) * 1.25, 1e6)
+            needed = tl.where(n < 32, tl.minimum(needed, 4.0), needed)
             run = tl.minimum(needed * n, 1e9).to(tl.int32) // {U} * {U} + {U}
             leading = (settled == 0) & (run <= furthest)
     n = CL
