@@ -60,7 +60,8 @@ def entry(cell: ps.Cell, x: torch.Tensor, params: list[torch.Tensor]) -> Entry:
 
 def made_from(cell: ps.Cell) -> Source:
     found, slots = trace(cell, torch.float32, torch.device("cpu"), (), ()), len(cell.states)
-    return source_of(found, cell, unroll_for(slots), stages_for(slots), False, False, True)
+    kept = found.keeps_states(slots, torch.bfloat16)
+    return source_of(found, cell, unroll_for(slots), stages_for(slots), False, False, kept)
 
 
 def instructions(name: str, text: str, arguments: int, outputs: int) -> tuple[int, int]:
@@ -108,7 +109,7 @@ def work(made: Source) -> dict[str, tuple[float, float]]:
     names = [*made.arguments, *(f"g{i}" for i in range(made.slots))]
     adjoint = function("adjoint", made.adjoint, names)
     back = instructions("adjoint", adjoint, len(names), _results(made.adjoint))
-    again = (made.unroll - 1) / made.unroll if made.slots > 1 else 0.0
+    again = (made.unroll - 1) / made.unroll if made.save else 0.0
     return {"forward": step, "backward": (back[0] + again * step[0], back[1] + again * step[1])}
 
 

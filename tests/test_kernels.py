@@ -194,6 +194,30 @@ def test_short_storage_types(name, dtype, slope, floor, tiling):
     assert max(relative(g.cpu(), w) for g, w in zip(found, wanted, strict=True)) <= 2e-2
 
 
+@ps.cell
+def highest(h: ps.State, x: ps.Input):
+    return 0.9 * torch.maximum(h, torch.tanh(x))
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2**-10), (torch.bfloat16, BF16)], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("chosen", [ALONE, LED, CORRECTED], ids=["alone", "led", "corrected"])
+def test_the_rounding_of_y_crosses_no_kink(dtype, rounding, reverse, chosen, tiling):
+    tiling(chosen)
+    x, _, h0 = fp32_problem(highest, 2, 300, 12, 0.0)
+    x = x.to(dtype)
+    x[:, 1::2] = x[:, ::2]  # what comes again is a little above 0.9 of itself ...
+    x[:, 3::4] *= 0.9  # ... or about as high as the state is
+    oracle = by_loop(highest, reverse=reverse)
+    gx, gh = moved(x, h0)
+    dy = torch.randn(2, 300, 12).to(dtype)
+    run = lambda x, p, h: ps.scan(highest, x, None, h, reverse=reverse, solver=KERNEL)
+    got, dh = gradients(run, gx, [], gh, dy.to(DEVICE), None)
+    want, wanted_dh = gradients(oracle, x.double(), [], h0.double(), dy.double(), None)
+    assert bool(((got.cpu().double() - want).abs() <= 2 * rounding * want.abs() + 1e-5).all())
+    assert relative(dh.cpu(), wanted_dh) < 1e-5
+
+
 def test_strided_and_expanded_tensors_are_read_in_place(tiling):
     tiling(LED)
     cell = ps.cells.gru

@@ -137,6 +137,7 @@ class Builder:
         return Graph(self.inputs, ops, tuple(map(renamed, outputs)), calls)
 
 
+_COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "sign"}
 # Those that take more than one instruction of a GPU, and roughly how many.
 _INSTRUCTIONS = {
     "exp": 3, "log": 20, "tanh": 2, "sigmoid": 3, "div": 5, "sin": 20, "cos": 20, "erf": 30, "atan2": 40, "log1p": 40, "expm1": 15, "pow": 4,
@@ -168,6 +169,16 @@ class Graph:
         foreign = {op for op, _ in self.ops.values() if op not in EXPRESSIONS}
         powers = {op for op, args in self.ops.values() if op == "pow" and not _is_const(args[1])}
         return sorted(foreign | powers)
+
+    def compares(self, names: Iterable[str]) -> bool:
+        """Whether it compares what depends on one of these inputs: there a result may jump."""
+        moving = set(names)
+        for name, (op, args) in self.ops.items():
+            if any(isinstance(a, str) and a in moving for a in args):
+                if op in _COMPARISONS:
+                    return True
+                moving.add(name)
+        return False
 
     def instructions(self) -> int:
         """Roughly how many machine instructions of a GPU it takes."""

@@ -21,7 +21,7 @@ from .solve.sequential import advance as advance_in_torch
 from .solve.sequential import loop
 from .solve.shooting import Steps, shoot
 from .tiling import WIDEST, unroll_for
-from .trace import Trace, trace
+from .trace import Trace, trace, trace_of
 
 
 def encode(solver: Solver) -> tuple[int, float, int, str, str]:
@@ -104,7 +104,8 @@ def summary(facts: Tensor) -> Tensor:
 def _needs_saved(cell: Cell, x: Tensor, all_states: bool, backend: str) -> bool:
     """Whether backward needs more than y."""
     if backend == "triton":
-        return len(cell.states) > 1
+        found = trace_of(cell, compute_dtype(x.dtype), x.device)
+        return found.keeps_states(len(cell.states), x.dtype)
     return compute_dtype(x.dtype) != x.dtype or not (all_states or len(cell.states) == 1)
 
 

@@ -74,6 +74,18 @@ class Trace:
         """Machine instructions of a GPU that the adjoint of a step takes, roughly; 0 where it has no graph."""
         return 0 if self.adjoint is None else self.adjoint.instructions()
 
+    def keeps_states(self, slots: int, dtype: torch.dtype) -> bool:
+        """Whether kernels keep states for backward, or find the one there is in y.
+
+        A `dtype` shorter than what they compute in will not do where a derivative jumps, for its rounding may lie beyond.
+        """
+        return slots > 1 or (dtype.itemsize < 4 and self._kinked)
+
+    @functools.cached_property
+    def _kinked(self) -> bool:
+        adjoint = self.adjoint
+        return adjoint is not None and adjoint.compares(name for name in adjoint.inputs if name[0] == "h")
+
     @property
     def number(self) -> float:
         """52 bits of the digest as a float64, exactly: how the custom op hands it from forward to backward."""

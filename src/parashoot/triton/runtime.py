@@ -44,7 +44,8 @@ def run_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y (B, T, O, C), h_n, saved states (B, ceil(T / unroll), S, C) fp32 or empty, facts (N, 3): passes, defect, unsolved)."""
     batch, time, _, channels = sizes(x)
-    made = source_of(found, cell, tiling.unroll, tiling.stages, all_states, reset is not None, save)
+    kept = save and found.keeps_states(len(cell.states), x.dtype)
+    made = source_of(found, cell, tiling.unroll, tiling.stages, all_states, reset is not None, kept)
     y = x.new_empty(batch, time, len(made.outputs), channels)
     h_n = h0.new_empty(h0.shape)
     given = {
@@ -70,12 +71,13 @@ def run_backward(
     cell: Cell, found: Trace, tiling: Tiling, dy: Tensor, dh_n: Tensor, x: Tensor, params: list[Tensor], h0: Tensor,
     reset: Tensor | None, states: Tensor, reverse: bool, tol: float,
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """(dx, dparams, dh0): `states` are y (B, T, 1, C) for a cell of one slot, the saved states for others; dy (B, T, O, C)."""
+    """(dx, dparams, dh0): `states` are those saved or, where none are, y (B, T, 1, C); dy (B, T, O, C)."""
     batch, time, _, _ = sizes(x)
-    made = source_of(found, cell, tiling.unroll, tiling.stages, dy.shape[2] > 1, reset is not None, True)
+    kept = found.keeps_states(len(cell.states), x.dtype)
+    made = source_of(found, cell, tiling.unroll, tiling.stages, dy.shape[2] > 1, reset is not None, kept)
     dx, dh0 = gradient_like(x), h0.new_empty(h0.shape)
     unroll = tiling.unroll
-    end = time if made.slots == 1 else -(-time // unroll) * unroll  # saved states stand at multiples of unroll
+    end = -(-time // unroll) * unroll if made.save else time  # saved states stand at multiples of unroll
     chunks = tiling.cut(end)[1]
     numbers = sum(p.numel() for p in params)
     parts = batch * chunks if made.width is None else _head_rows(tiling, batch, chunks)[3]
@@ -95,7 +97,7 @@ def run_backward(
         | _strides(_in_heads(dx), "dx_b dx_t dx_g dx_h")
         | _reset(reset, reverse)
     )
-    if made.slots == 1:
+    if not made.save:
         given |= {"h_ptr": h0.contiguous(), "y_ptr": states, **_strides(states, "y_b y_t")}
     else:
         given |= {"saved_ptr": states, "groups": states.shape[1]}

@@ -1,7 +1,7 @@
 """From a traced cell to the source of its kernels: what a forward and a backward sweep load, compute and store at each position.
 
-Forward: the carry is the state, v <- f(v, x_t). Stores y and, for cells of several slots, all states once every `unroll`
-positions in fp32. Backward: the carry is the gradient by the state, v <- A_t^T (v + dy_t). Loads x, dy and the states that entered
+Forward: the carry is the state, v <- f(v, x_t). Stores y and, for cells of several slots and where y is too short, all states once every
+`unroll` positions in fp32. Backward: the carry is the gradient by the state, v <- A_t^T (v + dy_t). Loads x, dy and the states that entered
 each step (of one slot the stored output of the step before; of several, computed again from the saved ones), stores dx and sums
 parameter gradients in order.
 """
@@ -97,13 +97,12 @@ class Source:
 
 @functools.lru_cache(maxsize=512)
 def source_of(found: Trace, cell: Cell, unroll: int, stages: int, all_states: bool, reset: bool, save: bool) -> Source:
-    """What the kernels for a trace and these options are made from."""
+    """What the kernels for a trace and these options are made from; `save`: as `Trace.keeps_states` says, where backward follows."""
     assert found.graph is not None and found.adjoint is not None
     slots = len(cell.states)
     outputs = tuple(range(slots)) if all_states else (cell.output,)
     sizes = (slots, len(cell.inputs), len(cell.params))
-    kept = save and slots > 1
-    return Source(found.graph, found.adjoint, *sizes, outputs, unroll, stages, reset, kept, cell.width, found.pairs)
+    return Source(found.graph, found.adjoint, *sizes, outputs, unroll, stages, reset, save, cell.width, found.pairs)
 
 
 def text(cell: Cell, direction: str, reset: bool, return_states: bool) -> str:
@@ -118,7 +117,8 @@ def text(cell: Cell, direction: str, reset: bool, return_states: bool) -> str:
     if found.foreign:
         raise BackendError(f"cell '{cell.name}' uses {', '.join(found.foreign)}, which has no kernel expression.")
     sizes = len(cell.states), cell.width is not None
-    made = source_of(found, cell, unroll_for(*sizes), stages_for(*sizes), return_states, reset, True)
+    kept = found.keeps_states(sizes[0], torch.float32)
+    made = source_of(found, cell, unroll_for(*sizes), stages_for(*sizes), return_states, reset, kept)
     return printers[direction](made)
 
 
@@ -178,7 +178,7 @@ def forward(s: Source) -> str:
 
 def backward(s: Source) -> str:
     """The module with `backward_shoot` and `backward_correct`, as text."""
-    slots, last, recompute = range(s.slots), s.unroll - 1, s.slots > 1
+    slots, last, recompute = range(s.slots), s.unroll - 1, s.save
     entries = s.graph.select(range(s.slots, s.slots + s.slots**2)) if s.width is None else None
     pull = s.adjoint.select(slots)
     carry = [f"v{i}" for i in slots]
@@ -387,7 +387,7 @@ def _module(
         "apart": " | ".join(f"~(r{i} <= tol * z{i})" for i in slots),
     }  # fmt: skip
     # A corrected trip is short where it can be: compilation takes more than its share of long ones.
-    short = s.unroll if name == "backward" and s.slots > 1 else 1
+    short = s.unroll if name == "backward" and s.save else 1
     lead, write = (loop(not write, write, s.unroll, s.stages) for write in (False, True))
     both = loop(True, True, short, 2 if short > 1 else 4)
     run = fill(RUN, s.slots, blocks | {"finish": finish, "lead": lead, "write": write})
