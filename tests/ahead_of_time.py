@@ -38,7 +38,7 @@ PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tiling: Tiling, reset: bool = False) -> dict:
     """Registers, spilled bytes, shared memory and compile seconds of one kernel; dtype is "bf16", "fp16" or "fp32"."""
     found = trace_of(cell, torch.float32, torch.device("cpu"))
-    kept = found.keeps_states(len(cell.states), torch.bfloat16 if dtype == "bf16" else torch.float32)
+    kept = found.keeps_states(len(cell.states), torch.float32 if dtype == "fp32" else torch.bfloat16)
     kernel = load(source_of(found, cell, tiling.unroll, tiling.stages, False, reset, kept), direction)[
         launch == "correct"
     ]

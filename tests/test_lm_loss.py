@@ -59,6 +59,13 @@ def test_rows_may_lie_apart_and_be_short():
     assert torch.equal(wide[:, 50:], beside)
 
 
+@pytest.mark.parametrize("target", [8, 9, -1, -101])
+def test_a_target_outside_the_vocabulary_is_no_number(target):
+    logits = torch.randn(3, 8, device=DEVICE)
+    loss, _ = run_score(logits, torch.tensor([2, target, IGNORED], device=DEVICE), 0.0, IGNORED, True)
+    assert bool(loss.isnan()) and logits.isnan().any(1).tolist() == [False, True, False]
+
+
 def test_what_is_no_number_stays_visible():
     logits = torch.randn(2, 40, device=DEVICE)
     logits[0, 7] = torch.nan

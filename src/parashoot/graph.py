@@ -137,7 +137,8 @@ class Builder:
         return Graph(self.inputs, ops, tuple(map(renamed, outputs)), calls)
 
 
-_COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "sign"}
+_COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "sign"}  # where a result or its derivative jumps
+
 # Those that take more than one instruction of a GPU, and roughly how many.
 _INSTRUCTIONS = {
     "exp": 3, "log": 20, "tanh": 2, "sigmoid": 3, "div": 5, "sin": 20, "cos": 20, "erf": 30, "atan2": 40, "log1p": 40, "expm1": 15, "pow": 4,

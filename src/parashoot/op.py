@@ -264,9 +264,7 @@ class _Direct(torch.autograd.Function):
         facts.extend([*stats, reported])
         if save:
             ctx.set_materialize_grads(False)
-            kind = "triton" if stats[5] else "torch"
-            states = saved if _needs_saved(cell, x, all_states, kind) else y
-            ctx.save_for_backward(x, h0, reset, states, *params)
+            ctx.save_for_backward(x, h0, reset, saved if saved.dim() > 1 else y, *params)
             ctx.options = stats[3], cell, reverse, solver
         return y, h_n
 

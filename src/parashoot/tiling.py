@@ -84,8 +84,9 @@ def choose(
     light = instructions < _HEAVY and slots <= 2
     # long steps want more carries at once, four to a thread: while one waits for its operands another goes on
     deep = short and not light and instructions < _CROWDED[slots > 2]
-    full = processors * _ELEMENTS * (2 if deep or (not short and not light and slots <= 2) else 1)
+    full = processors * _ELEMENTS
     wide = (light or deep) and batch * channels * 8 >= full and channels >= WIDEST
+    full *= 2 if deep or (not short and not light and slots <= 2) else 1
     columns = WIDEST if wide else max(16, min(64 if short else 32, 1 << (channels - 1).bit_length()))
     burn = _PROBE if short and not light and slots <= 2 else _BURN[itemsize]
     stages = stages_for(slots)

@@ -77,7 +77,7 @@ class Trace:
     def keeps_states(self, slots: int, dtype: torch.dtype) -> bool:
         """Whether kernels keep states for backward, or find the one there is in y.
 
-        A `dtype` shorter than what they compute in will not do where a derivative jumps, for its rounding may lie beyond.
+        A `dtype` shorter than what they compute in will not do where the step compares its state, for the rounding may lie beyond.
         """
         return slots > 1 or (dtype.itemsize < 4 and self._kinked)
 

@@ -65,10 +65,9 @@ def tune(
 
 
 def _candidates(start: Tiling, time: int, channels: int, heads: bool) -> list[Tiling]:
-    tiles = {(start.columns, start.warps), *((w, max(1, w // 64)) for w in (32, 64, 128)), (128, 1)}
-    tiles = (
-        {(w, n) for w, n in tiles if w <= max(start.columns, channels)} if not heads else {(start.columns, start.warps)}
-    )
+    tiles = {(start.columns, start.warps)}
+    if not heads:
+        tiles |= {(w, n) for w, n in ((32, 1), (64, 1), (128, 1), (128, 2)) if w <= max(start.columns, channels)}
     most = max(1, min(time // start.burn, MOST_ROWS if heads else time))
     counts = {n for n in (start.chunks // 2, start.chunks, start.chunks * 2) if 1 <= n <= most}
     cut = [
@@ -76,8 +75,9 @@ def _candidates(start: Tiling, time: int, channels: int, heads: bool) -> list[Ti
         for w, n in sorted(tiles)
         for c in sorted(counts)
     ]
-    leads = [replace(start, burn=b) for b in (16, 32, 64) if b != start.burn and start.chunks > 1]
-    return cut + leads
+    if heads or start.chunks == 1:  # heads cannot tell whether a lead was long enough
+        return cut
+    return cut + [replace(start, burn=b) for b in (16, 32, 64) if b != start.burn]
 
 
 def _time(cell: Cell, x: Tensor, params: list[Tensor], repeats: int) -> float:

@@ -6,17 +6,14 @@ at a time, and their gradient is taken in the same pass.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .parts import working
+from .parts import TRITON, working
 
 ROWS = 4096
 IGNORED = -100
-TRITON = importlib.util.find_spec("triton") is not None
 
 
 def next_token_loss(

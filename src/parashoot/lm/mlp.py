@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import GradientError
 from .config import ParaRNNConfig
-from .parts import ResidualLinear
-
-TRITON = importlib.util.find_spec("triton") is not None
-STORED = (torch.float32, torch.bfloat16, torch.float16)  # what the kernel loads and stores; it computes in float32
+from .parts import STORED, TRITON, ResidualLinear
 
 
 class SwiGLU(nn.Module):

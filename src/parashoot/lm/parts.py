@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+TRITON = importlib.util.find_spec("triton") is not None
+STORED = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels load and store; they compute in float32
 
 
 class RMSNorm(nn.RMSNorm):

@@ -15,7 +15,8 @@ BLOCK, WARPS = 4096, 16  # logits at a time
 
 @triton.jit
 def score(logits_ptr, targets_ptr, sums_ptr, row_stride, V, z_loss, ignored, GRAD: tl.constexpr, BLOCK: tl.constexpr):
-    """lse - l[target] + z lse^2 and z lse^2 of a row l; GRAD: l <- (1 + 2 z lse) softmax(l) - onehot; zero where the target is `ignored`."""
+    """lse - l[target] + z lse^2 and z lse^2 of a row l; GRAD: l <- (1 + 2 z lse) softmax(l) - onehot. Zero where the target is `ignored`,
+    NaN where it is none of the V."""
     row = tl.program_id(0)
     target = tl.load(targets_ptr + row)
     scored = target != ignored
@@ -31,7 +32,9 @@ def score(logits_ptr, targets_ptr, sums_ptr, row_stride, V, z_loss, ignored, GRA
         largest = new
     top = tl.max(largest, 0)
     lse = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
-    hit = tl.load(logits_ptr + tl.where(scored, target, 0)).to(tl.float32)
+    there = (target >= 0) & (target < V)
+    lse = tl.where(there | (scored == 0), lse, float("nan"))
+    hit = tl.load(logits_ptr + tl.where(there, target, 0)).to(tl.float32)
     square = z_loss * lse * lse
     tl.store(sums_ptr + 2 * row, tl.where(scored, lse - hit + square, 0.0))
     tl.store(sums_ptr + 2 * row + 1, tl.where(scored, square, 0.0))

@@ -68,7 +68,7 @@ def _turned(x, quarters):
 
 @triton.jit
 def exp(x, FAST: tl.constexpr):
-    """e^x; FAST: what is below 2^-126 is zero, which spares three of five instructions."""
+    """e^x, 6e-8 max(1, |x|) off; FAST: what is below 2^-126 is zero, which spares three of five instructions."""
     if FAST:
         y = 1.4426950408889634 * x
         return tl.inline_asm_elementwise(
@@ -92,7 +92,7 @@ def expm1(x, FAST: tl.constexpr):
 
 @triton.jit
 def log(x, FAST: tl.constexpr):
-    """log x; FAST: the hardware's, 2e-7 off between 1/2 and 2, and what is below 2^-126 is zero: 2 instructions in place of 30."""
+    """log x; FAST: the hardware's, 2e-7 off near 1 however small the result, and of less than 2^-126 minus infinity: 2 instructions, not 30."""
     if FAST:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1; mul.f32 $0, $0, 0f3F317218;", "=f,f", [x], tl.float32, is_pure=True, pack=1
@@ -149,13 +149,13 @@ def divided(a, b, FAST: tl.constexpr):
 
 @triton.jit
 def logistic(x, FAST: tl.constexpr):
-    """1 / (1 + e^-x), exact to 3e-7 of it; FAST: what is below 2^-126 is zero."""
+    """1 / (1 + e^-x), exact to 5e-7 of it up to |x| = 10 and to 4e-6 far out, where `sigmoid` is 1e-4 off."""
     return divided(1.0, 1.0 + exp(-x, FAST), FAST)
 
 
 @triton.jit
 def erf(x, FAST: tl.constexpr):
-    """The error function; FAST: 2e-7 off, by formula 7.1.26 of Abramowitz and Stegun."""
+    """The error function; FAST: 6e-7 off, by formula 7.1.26 of Abramowitz and Stegun."""
     if FAST:
         t = divided(1.0, 1.0 + 0.3275911 * tl.abs(x), FAST)
         p = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
@@ -189,9 +189,9 @@ def atan2(y, x, FAST: tl.constexpr):
     low, high = smaller(a, b), larger(a, b)
     fold = (low >= 0.4142135623730950 * high) & (low > 0.0)
     over, under = tl.where(fold, low - high, low), tl.where(fold, low + high, high)
-    t = divided(
-        tl.where(low == high, 0.0, over), tl.where(high == 0.0, 1.0, under), FAST
-    )  # the same infinity twice: pi/4
+    nothing = high < 1.1754944e-38 if FAST else high == 0.0  # of what counts as zero
+    over = tl.where((low == high) | nothing, 0.0, over)  # the same infinity twice: pi/4
+    t = divided(over, tl.where(nothing, 1.0, under), FAST)
     z = t * t
     angle = (((8.05374449538e-2 * z - 1.38776856032e-1) * z + 1.99777106478e-1) * z - 3.33329491539e-1) * z * t + t
     angle = tl.where(fold, angle + 0.7853981633974483, angle)

@@ -76,7 +76,7 @@ def {name}_run(
     $v{i} = s{i}$
     {clear}
     origin = base
-    kept = 0  # carries on record
+    recorded = 0
     {write}
     ran = n > 0
     final = live & (chunk == chunks - 1)

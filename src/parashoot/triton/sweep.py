@@ -106,7 +106,7 @@ def source_of(found: Trace, cell: Cell, unroll: int, stages: int, all_states: bo
 
 
 def text(cell: Cell, direction: str, reset: bool, return_states: bool) -> str:
-    """The source of the kernels of a channelwise or headwise cell; `direction` is "forward", "backward" or, channelwise, "decode"."""
+    """The source of the kernels of a channelwise or headwise cell for float32; `direction` is "forward", "backward" or, channelwise, "decode"."""
     printers = {"forward": forward, "backward": backward, "decode": decode}
     if direction not in printers:
         bad_value("direction", repr(direction), "'forward', 'backward' or 'decode'")
@@ -464,9 +464,9 @@ def _snapshot(s: Source) -> list[str]:
     """Every `snap` positions, the carry goes on record: where a correction may begin. A counter, not a division in every trip."""
     if s.width is not None:
         return []
-    at = f"starts_ptr + (b * {s.slots} * records + part * (CL // snap) + kept) * C + col"
-    stores = [f"tl.store({at} + {i} * records * C, v{i}, mask=inside & (t == kept * snap))" for i in range(s.slots)]
-    count = ["kept += (t == kept * snap).to(tl.int32)"]
+    at = f"starts_ptr + (b * {s.slots} * records + part * (CL // snap) + recorded) * C + col"
+    stores = [f"tl.store({at} + {i} * records * C, v{i}, mask=inside & (t == recorded * snap))" for i in range(s.slots)]
+    count = ["recorded += (t == recorded * snap).to(tl.int32)"]
     return ["if not ALONE:", *[f"    {line}" for line in stores + count]]
 
 
