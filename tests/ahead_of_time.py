@@ -43,7 +43,7 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
         launch == "correct"
     ]
     constants = {
-        "BD": tiling.columns,
+        "BD": tiling.columns if launch == "shoot" or cell.width else min(tiling.columns, tiling.narrow),
         "NC": tiling.rows,
         "FAST": dtype == "bf16",
         "MASKED": False,
