@@ -1,6 +1,5 @@
 """Generated kernels against the fp64 loop: in Triton's interpreter without a GPU, compiled with one."""
 
-import linecache
 import math
 from typing import Any
 
@@ -13,7 +12,6 @@ from fuzzer import SEEDS, Source
 from oracle import SHIPPED, by_loop, gradients, leaves, loop, loop_reversed, random_problem, random_resets, relative
 from parashoot.op import encode
 from parashoot.tiling import Tiling
-from parashoot.trace import trace_of
 from parashoot.triton.skeleton import PATIENCE
 
 pytest.importorskip("triton")
@@ -194,60 +192,6 @@ def test_short_storage_types(name, dtype, slope, floor, tiling):
     wanted = gradients(oracle, x.double(), [p.double() for p in params], h0.double(), dy.double(), None)
     assert [g.dtype for g in found] == [dtype, *[torch.float32] * (len(params) + 1)]
     assert max(relative(g.cpu(), w) for g, w in zip(found, wanted, strict=True)) <= 2e-2
-
-
-@ps.cell
-def highest(h: ps.State, x: ps.Input):
-    return 0.9 * torch.maximum(h, torch.tanh(x))
-
-
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2**-10), (torch.bfloat16, BF16)], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("chosen", [ALONE, LED, CORRECTED], ids=["alone", "led", "corrected"])
-def test_the_rounding_of_y_crosses_no_kink(dtype, rounding, reverse, chosen, tiling):
-    tiling(chosen)
-    x, _, h0 = fp32_problem(highest, 2, 302, 12, 0.0)
-    x = x.to(dtype)
-    x[:, 1::2] = x[:, ::2]  # what comes again is a little above 0.9 of itself ...
-    x[:, 3::4] *= 0.9  # ... or about as high as the state is
-    oracle = by_loop(highest, reverse=reverse)
-    gx, gh = moved(x, h0)
-    dy = torch.randn(2, 302, 12).to(dtype)
-    run = lambda x, p, h: ps.scan(highest, x, None, h, reverse=reverse, solver=KERNEL)
-    got, dh = gradients(run, gx, [], gh, dy.to(DEVICE), None)
-    want, wanted_dh = gradients(oracle, x.double(), [], h0.double(), dy.double(), None)
-    assert bool(((got.cpu().double() - want).abs() <= 2 * rounding * want.abs() + 1e-5).all())
-    assert relative(dh.cpu(), wanted_dh) < 1e-5
-
-
-def test_what_is_kept_for_backward_is_known_to_the_compiler(tiling):
-    tiling(LED)
-    x = torch.randn(2, 50, 1, 8, device=DEVICE).to(torch.bfloat16)
-    run = lambda x: ps.scan(highest, x, None, solver=KERNEL)[0].float().square().sum()
-    x.requires_grad_()
-    (want,) = torch.autograd.grad(run(x), x)
-    (got,) = torch.autograd.grad(torch.compile(run, backend="aot_eager", fullgraph=True)(x), x)
-    assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize(
-    ("expression", "kinked"),
-    [
-        ("torch.tanh(h + x)", False),
-        ("torch.maximum(h, x)", True),
-        ("torch.relu(x) + 0.5 * h", False),
-        ("torch.abs(0.5 * h) + x", True),
-    ],
-)
-def test_states_are_kept_where_a_step_compares_its_own(expression, kinked):
-    name = f"<kept {expression}>"
-    text = f"def step(h: ps.State, x: ps.Input):\n    return {expression}\n"
-    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
-    space: dict[str, Any] = {"ps": ps, "torch": torch}
-    exec(compile(text, name, "exec"), space)
-    found = trace_of(ps.cell(space["step"]), torch.float32, torch.device("cpu"))
-    kept = [found.keeps_states(1, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-    assert kept == [False, kinked, kinked] and found.keeps_states(2, torch.float32)
 
 
 def test_strided_and_expanded_tensors_are_read_in_place(tiling):

@@ -1,0 +1,74 @@
+"""What kernels keep for the backward pass beside y, in Triton's interpreter without a GPU."""
+
+import linecache
+from typing import Any
+
+import pytest
+import torch
+
+import parashoot as ps
+from oracle import by_loop, gradients, relative
+from parashoot.tiling import Tiling
+from parashoot.trace import trace_of
+
+pytest.importorskip("triton")
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+KERNEL = ps.MultipleShooting(backend="triton")
+# One chunk; several, led in from far enough; several and corrected.
+ALONE, LED, CORRECTED = Tiling(64, 1, 2, 2, 1), Tiling(64, 1, 4, 3, 3, 12, 2, 32), Tiling(64, 1, 2, 2, 5, 2, 4, 64)
+BF16 = 2**-8 if ON_GPU else 2**-7  # the interpreter cuts fp32 off where hardware rounds it to bf16
+
+
+@ps.cell
+def highest(h: ps.State, x: ps.Input):
+    return 0.9 * torch.maximum(h, torch.tanh(x))
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2**-10), (torch.bfloat16, BF16)], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("chosen", [ALONE, LED, CORRECTED], ids=["alone", "led", "corrected"])
+def test_the_rounding_of_y_crosses_no_kink(dtype, rounding, reverse, chosen, tiling):
+    tiling(chosen)
+    x, h0 = torch.randn(2, 62, 1, 60).to(dtype), torch.randn(2, 1, 60)
+    x[:, 1::2] = x[:, ::2]  # what comes again is a little above 0.9 of itself ...
+    x[:, 3::4] *= 0.9  # ... or about as high as the state is
+    oracle = by_loop(highest, reverse=reverse)
+    gx, gh = x.to(DEVICE), h0.to(DEVICE)
+    dy = torch.randn(2, 62, 60).to(dtype)
+    run = lambda x, p, h: ps.scan(highest, x, None, h, reverse=reverse, solver=KERNEL)
+    got, dh = gradients(run, gx, [], gh, dy.to(DEVICE), None)
+    want, wanted_dh = gradients(oracle, x.double(), [], h0.double(), dy.double(), None)
+    assert bool(((got.cpu().double() - want).abs() <= 2 * rounding * want.abs() + 1e-5).all())
+    assert relative(dh.cpu(), wanted_dh) < 1e-5
+
+
+def test_what_is_kept_for_backward_is_known_to_the_compiler(tiling):
+    tiling(LED)
+    x = torch.randn(2, 50, 1, 8, device=DEVICE).to(torch.bfloat16)
+    run = lambda x: ps.scan(highest, x, None, solver=KERNEL)[0].float().square().sum()
+    x.requires_grad_()
+    (want,) = torch.autograd.grad(run(x), x)
+    (got,) = torch.autograd.grad(torch.compile(run, backend="aot_eager", fullgraph=True)(x), x)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("expression", "kinked"),
+    [
+        ("torch.tanh(h + x)", False),
+        ("torch.maximum(h, x)", True),
+        ("torch.relu(x) + 0.5 * h", False),
+        ("torch.abs(0.5 * h) + x", True),
+    ],
+)
+def test_states_are_kept_where_a_step_compares_its_own(expression, kinked):
+    name = f"<kept {expression}>"
+    text = f"def step(h: ps.State, x: ps.Input):\n    return {expression}\n"
+    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+    space: dict[str, Any] = {"ps": ps, "torch": torch}
+    exec(compile(text, name, "exec"), space)
+    found = trace_of(ps.cell(space["step"]), torch.float32, torch.device("cpu"))
+    kept = [found.keeps_states(1, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    assert kept == [False, kinked, kinked] and found.keeps_states(2, torch.float32)
