@@ -59,10 +59,7 @@ _SHORTEST = 128  # steps of a chunk: leading in costs a fraction
 _STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full
 _LAUNCH = 6e-6  # of the second launch and of reading what the first recorded
 _HEAVY = 100  # instructions of the adjoint from which on arithmetic takes the time
-_CROWDED = (
-    220,
-    400,
-)  # from which on, up to two states and with more, four channels a thread leave registers for too few warps
+_CROWDED = (220, 400)  # from which on, up to two states and with more, registers leave room for too few warps
 _ELEMENTS = 512  # carries that a multiprocessor advances at once: enough loads in flight to keep the memory busy
 
 
@@ -82,10 +79,10 @@ def choose(
     """
     unroll, short = unroll_for(slots), itemsize == 2
     light = instructions < _HEAVY and slots <= 2
-    # long steps want more carries at once, four to a thread: while one waits for its operands another goes on
+    # long steps want more carries at once, of few states four to a thread: while one waits for its operands another goes on
     deep = short and not light and instructions < _CROWDED[slots > 2]
     full = processors * _ELEMENTS
-    wide = (light or deep) and batch * channels * 8 >= full and channels >= WIDEST
+    wide = (light or (deep and slots <= 2)) and batch * channels * 8 >= full and channels >= WIDEST
     full *= 2 if deep or (not short and not light and slots <= 2) else 1
     columns = WIDEST if wide else max(16, min(64 if short else 32, 1 << (channels - 1).bit_length()))
     burn = _PROBE if short and not light and slots <= 2 else _BURN[itemsize]
