@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..cells.find import find_cell
 from ..layers import RNN
 from .attention import Attention
 from .config import ParaRNNConfig
 from .conv import CausalConv
+from .gate import GatedNorm, convolved
 from .gated_delta import GatedDelta
 from .mlp import SwiGLU
 from .parts import ResidualLinear, RMSNorm
@@ -36,7 +36,7 @@ class Recurrence(nn.Module):
         self.in_proj = nn.Linear(d, 2 * width, bias=False)
         self.conv = CausalConv(width, config.conv_kernel, heads)
         self.rnn = RNN(find_cell(config.cell), width, width, num_heads=heads, recurrent_clip=clip)
-        self.norm = RMSNorm(width, eps=config.rms_norm_eps)
+        self.norm = GatedNorm(width, eps=config.rms_norm_eps)
         self.out_proj = ResidualLinear(width, d, bias=False)
 
     def forward(
@@ -44,14 +44,18 @@ class Recurrence(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x (B, T, d), the past, reset (B, T) bool -> (y (B, T, d), the past after x)."""
         conv, state = (past[0], past[1].unsqueeze(0)) if past is not None else (None, None)
-        u, g = self.in_proj(x).chunk(2, -1)
-        u, conv = self.conv(u, conv, reset)
+        ug = self.in_proj(x)
+        shared = self.conv.fused(ug)
+        if shared:
+            u, ug, conv = convolved(ug, self.conv, conv, reset)
+        else:
+            u, conv = self.conv(ug.chunk(2, -1)[0], conv, reset)
         if x.shape[1] == 1 and state is not None and reset is None:
             y, state = self.rnn.step(u.flatten(2).squeeze(1), state)
             y = y.unsqueeze(1)
         else:
             y, state = self.rnn(u, state, reset=reset)
-        return self.out_proj(self.norm(y * F.silu(g))), (conv, state.squeeze(0))
+        return self.out_proj(self.norm(y, ug, shared)), (conv, state.squeeze(0))
 
 
 MIXERS = {"rnn": Recurrence, "attention": Attention, "gated_delta": GatedDelta}

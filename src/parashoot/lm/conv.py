@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import GradientError
-from .parts import STORED, TRITON
+from .parts import STORED, TRITON, first_derivative_only
 
 WIDEST = 8  # taps the kernels hold in registers
 
@@ -36,16 +35,23 @@ class CausalConv(nn.Module):
 
         With several heads y is (B, T, H, C / H). In the returned past, inputs from before the last reset are zero, so it needs no mask of its own.
         """
+        run = causal_conv if self.fused(u) else shifted_products
+        y = run(u, self.weight, self.bias, past, reset, self.heads)
+        return y if self.heads > 1 else y.flatten(2), self.after(u, past, reset)
+
+    def fused(self, u: Tensor) -> bool:
+        """Whether kernels run u (B, T, C or more)."""
+        return TRITON and u.is_cuda and u.shape[1] > 1 and u.dtype in STORED and len(self.weight) <= WIDEST
+
+    def after(self, u: Tensor, past: Tensor | None, reset: Tensor | None) -> Tensor:
+        """The past (B, k - 1, C) after u (B, T, C)."""
         taps, time = self.weight.shape[0], u.shape[1]
-        fused = TRITON and u.is_cuda and time > 1 and u.dtype in STORED and taps <= WIDEST
-        y = (causal_conv if fused else shifted_products)(u, self.weight, self.bias, past, reset, self.heads)
-        y = y if self.heads > 1 else y.flatten(2)
         last = _joined(past, u[:, max(time - taps + 1, 0) :], taps - 1)
         after = last[:, last.shape[1] - taps + 1 :]
         if reset is not None:
             document = F.pad(reset.cumsum(1), (taps - 1, 0))
-            return y, after.masked_fill((document[:, time:] != document[:, -1:])[:, :, None], 0.0)
-        return y, after.clone()
+            return after.masked_fill((document[:, time:] != document[:, -1:])[:, :, None], 0.0)
+        return after.clone()
 
 
 def _joined(past: Tensor | None, u: Tensor, reach: int) -> Tensor:
@@ -80,14 +86,15 @@ def causal_conv(
     return run_forward(u, weight, bias, past, reset).unflatten(2, (heads, -1))
 
 
-@torch.library.custom_op("parashoot::causal_conv_backward", mutates_args=())
+@torch.library.custom_op("parashoot::causal_conv_backward", mutates_args=("du",))
 def causal_conv_backward(
-    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(du, float32 gradients (k + 1, C) of weight and, the last row, bias, dpast or nothing)."""
+    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None, du: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(float32 gradients (k + 1, C) of weight and, the last row, bias, dpast or nothing); du (B, T, C or more) takes that of u in its
+    first C channels."""
     from ..triton.convolution import run_backward
 
-    return run_backward(dy, u, weight, bias, past, reset)
+    return run_backward(dy, u, weight, bias, past, reset, du)
 
 
 @causal_conv.register_fake
@@ -96,22 +103,17 @@ def _(u, weight, bias, past, reset, heads):
 
 
 @causal_conv_backward.register_fake
-def _(dy, u, weight, bias, past, reset):
+def _(dy, u, weight, bias, past, reset, du):
     sums = u.new_empty(weight.shape[0] + 1, u.shape[2], dtype=torch.float32)
-    return u.new_empty(u.shape), sums, u.new_empty(0) if past is None else past.new_empty(past.shape)
+    return sums, u.new_empty(0) if past is None else past.new_empty(past.shape)
 
 
 def _backward(ctx, dy):
+    first_derivative_only("CausalConv")
     u, weight, bias, past, reset = ctx.saved_tensors
-    du, sums, dpast = causal_conv_backward(dy, u, weight, bias, past, reset)
+    du = u.new_empty(u.shape)
+    sums, dpast = causal_conv_backward(dy, u, weight, bias, past, reset, du)
     return du, sums[:-1].to(weight.dtype), sums[-1].to(bias.dtype), None if past is None else dpast, None, None
 
 
-def _no_second_derivative(ctx, *grads):
-    raise GradientError(
-        "the kernels of CausalConv were differentiated twice; they provide first derivatives only. Run it on a CPU or in float64."
-    )
-
-
 causal_conv.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:-1]))
-causal_conv_backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import GradientError
 from .config import ParaRNNConfig
-from .parts import STORED, TRITON, ResidualLinear
+from .parts import STORED, TRITON, ResidualLinear, first_derivative_only
 
 
 class SwiGLU(nn.Module):
@@ -41,6 +40,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> Tensor:  # type: ignore[override]
+        first_derivative_only("SwiGLU")
         return swiglu_backward(ctx.saved_tensors[0], dy)
 
 
@@ -55,12 +55,3 @@ def swiglu_backward(ab: Tensor, dy: Tensor) -> Tensor:
 @swiglu_backward.register_fake
 def _(ab, dy):
     return ab.new_empty(ab.shape)
-
-
-def _no_second_derivative(ctx, *grads):
-    raise GradientError(
-        "the kernel of SwiGLU was differentiated twice; it provides first derivatives only. Run it on a CPU or in float64."
-    )
-
-
-swiglu_backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)

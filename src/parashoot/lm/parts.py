@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import GradientError
+
 TRITON = importlib.util.find_spec("triton") is not None
 STORED = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels load and store; they compute in float32
 
@@ -17,6 +19,15 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def first_derivative_only(module: str) -> None:
+    """`GradientError` in a backward pass that is itself to be differentiated."""
+    if torch.is_grad_enabled():
+        raise GradientError(
+            f"{module} was to be differentiated twice (create_graph=True); its kernels provide first derivatives only. "
+            "Run it on a CPU or in float64."
+        )
 
 
 def working(x: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def forward(
 
 @triton.jit
 def _back(
-    u_ptr, dy_ptr, reset_ptr, du_ptr, dpast_ptr, t, t0, left, col, C, u_t, dy_t, r_t, w, bias, window, pending, sums, age,
+    u_ptr, dy_ptr, reset_ptr, du_ptr, dpast_ptr, t, t0, left, col, C, u_t, dy_t, du_t, r_t, w, bias, window, pending, sums, age,
     N: tl.constexpr, K: tl.constexpr, PAST: tl.constexpr, RESET: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """N positions from t on: `pending` are the gradients of the K - 1 inputs before, so far, `sums` those of the taps and the bias."""
@@ -150,7 +150,7 @@ def _back(
             grads += (pending[j - 1] + part,)
         at = t + i - K + 1
         du = grads[K - 1]
-        tl.store(du_ptr + at * C + col, du.to(du_ptr.dtype.element_ty), mask=(col < C) & (at >= 0) & (at < left))
+        tl.store(du_ptr + at * du_t + col, du.to(du_ptr.dtype.element_ty), mask=(col < C) & (at >= 0) & (at < left))
         if PAST:
             row = dpast_ptr + (t + i) * C + col
             tl.store(row, du.to(dpast_ptr.dtype.element_ty), mask=(col < C) & (t0 + at < 0))
@@ -164,8 +164,8 @@ def _back(
 
 @triton.jit(do_not_specialize=FIXED)
 def backward(
-    u_ptr, dy_ptr, w_ptr, b_ptr, past_ptr, reset_ptr, du_ptr, dpast_ptr, sums_ptr, T, C, segments, u_b, u_t, dy_b, dy_t, dy_h, p_b, p_t,
-    r_b, r_t, width,
+    u_ptr, dy_ptr, w_ptr, b_ptr, past_ptr, reset_ptr, du_ptr, dpast_ptr, sums_ptr, T, C, segments, u_b, u_t, dy_b, dy_t, dy_h, du_b, du_t,
+    p_b, p_t, r_b, r_t, width,
     K: tl.constexpr, PAST: tl.constexpr, RESET: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dz = dy silu'(z); du_s = sum_j w_j dz_{s+j}; of this segment, sum_t dz_t u_{t-j} and sum_t dz_t. dy lies in heads of `width`."""
@@ -175,7 +175,7 @@ def backward(
     dy_ptr += b * dy_b + t0.to(tl.int64) * dy_t + head.to(tl.int64) * (dy_h - width)
     past_ptr += b * p_b
     reset_ptr += b * r_b + t0.to(tl.int64) * r_t
-    du_ptr += (b * T + t0) * C
+    du_ptr += b * du_b + t0.to(tl.int64) * du_t
     dpast_ptr += b * (K - 1) * C
     w, bias = _taps(w_ptr, b_ptr, col, C, K)
     window, age = _before(u_ptr, past_ptr, reset_ptr, t0, u_t, p_t, r_t, left, col, C, K, PAST, RESET)
@@ -183,11 +183,11 @@ def backward(
     pending, sums = (zero,) * (K - 1), (zero,) * (K + 1)
     for t in range(0, STEPS, GROUP):
         window, pending, sums, age = _back(
-            u_ptr, dy_ptr, reset_ptr, du_ptr, dpast_ptr, t, t0, left, col, C, u_t, dy_t, r_t, w, bias, window, pending, sums, age,
+            u_ptr, dy_ptr, reset_ptr, du_ptr, dpast_ptr, t, t0, left, col, C, u_t, dy_t, du_t, r_t, w, bias, window, pending, sums, age,
             GROUP, K, PAST, RESET, FAST,
         )  # fmt: skip
     _back(  # the next segment's first: their sums are its own
-        u_ptr, dy_ptr, reset_ptr, du_ptr, dpast_ptr, STEPS, t0, left, col, C, u_t, dy_t, r_t, w, bias, window, pending, sums, age,
+        u_ptr, dy_ptr, reset_ptr, du_ptr, dpast_ptr, STEPS, t0, left, col, C, u_t, dy_t, du_t, r_t, w, bias, window, pending, sums, age,
         K - 1, K, PAST, RESET, FAST,
     )  # fmt: skip
     sums_ptr += (b * segments + t0 // STEPS) * (K + 1) * C
@@ -227,20 +227,20 @@ def run_forward(
 
 
 def run_backward(
-    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None, tile: Tile | None = None
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(du, gradients (k + 1, C) in float32 of weight and, the last row, bias, dpast, which is empty without a past).
+    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None, du: Tensor, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(gradients (k + 1, C) in float32 of weight and, the last row, bias, dpast, which is empty without a past).
 
-    dy (B, T, H, C / H): channels in heads, which may lie wherever they do.
+    dy (B, T, H, C / H): channels in heads, which may lie wherever they do; du (B, T, C or more), contiguous, takes the gradient of u in
+    its first C channels.
     """
     (batch, time, channels), taps, tile = u.shape, len(weight), tile or BACKWARD
     if dy.stride(3) != 1 or dy.stride(1) >= 2**22 or (dy.shape[2] > 1 and dy.shape[3] % tile.block):
         dy = dy.reshape(batch, time, 1, channels).contiguous()
-    du = u.new_empty(u.shape)
     dpast = u.new_empty(0) if past is None else past.new_empty(past.shape)
     sums = u.new_empty(batch * -(-time // tile.steps), taps + 1, channels, dtype=torch.float32)
     given = {"w_ptr": weight.contiguous(), "b_ptr": bias.contiguous(), "dy_ptr": dy, "du_ptr": du}
     given |= {"dpast_ptr": dpast, "sums_ptr": sums, "dy_b": dy.stride(0), "dy_t": dy.stride(1), "dy_h": dy.stride(2)}
-    given |= {"width": dy.shape[3]}
+    given |= {"width": dy.shape[3], "du_b": du.stride(0), "du_t": du.stride(1)}
     _launch(backward, tile, u, past, reset, taps, **given)
-    return du, sums.sum(0), dpast
+    return sums.sum(0), dpast
