@@ -119,6 +119,25 @@ def test_what_is_not_finite_stays_in_its_head_until_a_reset(value, chosen, tilin
     assert relative(got[1][1].cpu(), exact[1][1]) <= 1e-4
 
 
+@ps.cell(structure="headwise", width=4)
+def growth(h: ps.State, x: ps.Input, R: ps.Param):
+    return torch.einsum("hij,...hj->...hi", R, h) + x
+
+
+def test_what_overflows_only_in_order_stays_in_its_head(tiling):
+    """From wrong starts every chunk and each of its corrections is finite; the true sequence, of one head of a tile, is not."""
+    tiling(Tiling(16, 1, 2, 2, 8, 2, 1))
+    x, _, h0 = fp32_problem(growth, 1, 96, 8, 0.5)
+    x[..., :4], h0[..., :4] = 0.0, 1.0
+    matrices = torch.stack([6.0 * torch.eye(4), 0.5 * torch.randn(4, 4)])
+    gx, (R,), gh = moved(x, [matrices], h0)
+    y, _, info = ps.scan(growth, gx, (R,), gh, solver=KERNEL, return_info=True)
+    want = by_loop(growth)(x.double(), [matrices.double()], h0.double())[0]
+    assert info.iterations == PATIENCE + 1
+    assert relative(y[..., 4:].cpu(), want[..., 4:]) <= 1e-5
+    assert relative(y[:, :48, :4].cpu(), want[:, :48, :4]) <= 1e-5 and not y[0, 60:, :4].isfinite().any()
+
+
 @pytest.mark.parametrize(
     ("cell", "dtype", "slope", "floor"),
     [(LSTM, torch.float16, 2**-10, 1e-4), (GRU, torch.bfloat16, BF16, 5e-4)],

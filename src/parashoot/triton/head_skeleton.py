@@ -6,8 +6,8 @@ holds as many whole heads of WIDTH as fit; matrices lie in it block-diagonally. 
 SHOOT, a program for each NC rows and a tile: lead into each chunk over `burn` positions from zero, run through it, storing results;
     record starts and ends.
 CORRECT, a program for all rows of some sequences: where each end agrees with the next start it ends. Else each row starts from the
-    end before it, and so on: after k passes k chunks are exact. What PATIENCE passes have not brought together, and what is not finite
-    (in a block-diagonal product that would spread to other heads), runs in order, with heads APART.
+    end before it, and so on: after k passes k chunks are exact. What PATIENCE passes have not brought together runs in order; with heads
+    APART, which takes several times as long, where a step is not finite: in a block-diagonal product that would spread to other heads.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def {name}_correct(
     while going:
         tl.debug_barrier()  # other threads wrote what is now read, and written again
         odd = {name}_again(
-            group * NC, NC, tile, group * parts, parts, {arguments},
+            group * NC, NC + 0 * tile, tile, group * parts, parts, {arguments},
             {place}, starts_ptr, ends_ptr, CL, per, chunks, batch, 0,
             NC, BD, WIDTH, FAST, True, WIDE, False, False, False,
         )
@@ -142,10 +142,21 @@ def {name}_correct(
         going = (bad > 0) & (odd == 0.0) & (passes < most) & (passes < {patience})
     unsolved = (bad > 0) | (odd > 0.0)
     again = unsolved & (passes < most)
-    if again:
+    rows = NC // per + 0 * tile
+    if again & (odd == 0.0):
+        # as in a correction, of one chunk of everything: compiled once, so what is recorded goes where nobody reads it
+        aside = tl.cast(batch, tl.int64) * {S} * chunks * C
+        one = 1 + 0 * tile
+        tl.debug_barrier()
+        odd = {name}_again(
+            group * rows, rows, tile, group * parts, parts, {arguments},
+            {place}, starts_ptr + aside, ends_ptr + aside, L, one, one, batch, 0,
+            ROWS, BD, WIDTH, FAST, True, WIDE, False, False, False,
+        )
+    if again & (odd > 0.0):
         tl.debug_barrier()
         {name}_again(
-            group * (NC // per), NC // per, tile, group * parts, parts, {arguments},
+            group * rows, rows, tile, group * parts, parts, {arguments},
             {place}, starts_ptr, ends_ptr, L, 1, 1, batch, 0,
             ROWS, BD, WIDTH, FAST, True, WIDE, False, True, True,
         )
