@@ -81,7 +81,19 @@ def test_a_cell_that_latches_is_the_loop(tiling):
     x, params, h0 = fp32_problem(latch, 1, 48, 8, 1.0)
     params = [params[0] + 2.0 * torch.eye(4)]
     info = compare(latch, x, params, h0, random_resets(1, 48, share=0.02))
-    assert info.iterations == PATIENCE + 1
+    assert 3 <= info.iterations <= PATIENCE + 1
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("cell", [ROTOR, LSTM], ids=["one state", "two"])
+def test_a_cell_that_does_not_forget_goes_on_from_what_is_exact(cell, reverse, tiling):
+    """Several sequences in a program, a length that chunks do not divide, states saved for the backward pass."""
+    tiling(Tiling(16, 1, 2, 2, 6, 2, 1))
+    x, params, h0 = fp32_problem(cell, 3, 41, 16, 0.3)
+    if cell is LSTM:
+        x[:, :, cell.inputs.index("f")] += 8.0
+    info = compare(cell, x, params, h0, random_resets(3, 41, share=0.01), reverse, all_states=reverse)
+    assert info.iterations == 3
 
 
 def test_the_limit_counts_passes(tiling):
@@ -92,9 +104,9 @@ def test_the_limit_counts_passes(tiling):
     run = lambda n: ps.scan(
         GRU, x, tuple(params), h0, solver=ps.MultipleShooting(backend="triton", max_iters=n), return_info=True
     )
-    assert run(PATIENCE + 1)[2].iterations == PATIENCE + 1
+    assert run(3)[2].iterations == 3  # a correction brings nothing nearer: the next pass is the loop
     with pytest.raises(ps.ConvergenceError):
-        run(PATIENCE)
+        run(2)
 
 
 @pytest.mark.parametrize(("value", "chosen"), [(float("nan"), ALONE), (float("inf"), CORRECTED)], ids=["nan", "inf"])
@@ -133,7 +145,7 @@ def test_what_overflows_only_in_order_stays_in_its_head(tiling):
     gx, (R,), gh = moved(x, [matrices], h0)
     y, _, info = ps.scan(growth, gx, (R,), gh, solver=KERNEL, return_info=True)
     want = by_loop(growth)(x.double(), [matrices.double()], h0.double())[0]
-    assert info.iterations == PATIENCE + 1
+    assert info.iterations > 2
     assert relative(y[..., 4:].cpu(), want[..., 4:]) <= 1e-5
     assert relative(y[:, :48, :4].cpu(), want[:, :48, :4]) <= 1e-5 and not y[0, 60:, :4].isfinite().any()
 

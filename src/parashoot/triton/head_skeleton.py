@@ -6,8 +6,9 @@ holds as many whole heads of WIDTH as fit; matrices lie in it block-diagonally. 
 SHOOT, a program for each NC rows and a tile: lead into each chunk over `burn` positions from zero, run through it, storing results;
     record starts and ends.
 CORRECT, a program for all rows of some sequences: where each end agrees with the next start it ends. Else each row starts from the
-    end before it, and so on: after k passes k chunks are exact. What PATIENCE passes have not brought together runs in order; with heads
-    APART, which takes several times as long, where a step is not finite: in a block-diagonal product that would spread to other heads.
+    end before it, and so on: after k passes k chunks are exact. What PATIENCE passes have not brought together, or a pass hardly nearer
+    (the cell does not forget), runs in order, from where it is exact if nothing is summed up over all of time; with heads APART, which
+    takes several times as long, where a step is not finite: in a block-diagonal product that would spread to other heads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _ROWS = """
     col = tile * USED + lane
     col = col.to(tl.int64) if WIDE else col
     b = (first + row) // per
-    chunk = (first + row) % per
+    chunk = (first + row) % per + skip
     live = (b < batch) & (chunk < chunks) & (row < bound)
     b = tl.where(live, b, 0).to(tl.int64)
     inside = (col < C) & (lane < USED) & (row >= 0)
@@ -33,7 +34,7 @@ RUN = (
     """
 @triton.jit
 def {name}_run(
-    first, bound, tile, slot, parts, {arguments},
+    first, bound, tile, slot, parts, skip, steps, {arguments},
     {place}, starts_ptr, ends_ptr, CL, per, chunks, batch, burn,
     NC: tl.constexpr, BD: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
     LEAD: tl.constexpr, ALONE: tl.constexpr, APART: tl.constexpr,
@@ -56,14 +57,14 @@ def {name}_run(
             $v{i} = tl.where(chunk > 0, v{i}, i{i})$
             tl.debug_barrier()  # before another row replaces its end
         $tl.store(starts_ptr + mark + {i} * chunks * C, v{i}, mask=live & inside)$
-    n = CL
+    n = steps
     origin = base
     far = zero
     {clear}
     {write}
     if not ALONE:
         $tl.store(ends_ptr + mark + {i} * chunks * C, v{i}, mask=live & inside)$
-    final = live & inside & (chunk == chunks - 1)
+    final = live & inside & (base + steps >= L)
     {finish}
     return 1.0 - tl.min(tl.min((far < float("inf")).to(tl.float32), 1), 0)
 
@@ -83,7 +84,7 @@ def {name}_shoot(
     program = tl.program_id(0)
     block = program // tiles
     odd = {name}_run(
-        block * NC, NC, program % tiles, block, 1, {arguments},
+        block * NC, NC, program % tiles, block, 1, 0, CL, {arguments},
         {place}, starts_ptr, ends_ptr, CL, per, chunks, batch, burn,
         NC, BD, WIDTH, FAST, MASKED, WIDE, not ALONE, ALONE, False,
     )
@@ -98,6 +99,7 @@ def {name}_compare(
     NC: tl.constexpr, BD: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
 ):
     bound = NC
+    skip = 0
 """
     + _ROWS
     + """
@@ -129,35 +131,35 @@ def {name}_correct(
     bad, defect = {name}_compare(group * NC, tile, starts_ptr, ends_ptr, C, per, chunks, batch, tol, floor, NC, BD, WIDTH, WIDE)
     passes = 1 + 0 * tile
     going = (bad > 0) & (odd == 0.0) & (most > 1)
+    skip = 0 * tile
     while going:
+        before = defect
         tl.debug_barrier()  # other threads wrote what is now read, and written again
         odd = {name}_again(
-            group * NC, NC + 0 * tile, tile, group * parts, parts, {arguments},
+            group * NC, NC + skip, tile, group * parts, parts, skip, CL, {arguments},
             {place}, starts_ptr, ends_ptr, CL, per, chunks, batch, 0,
             NC, BD, WIDTH, FAST, True, WIDE, False, False, False,
         )
         tl.debug_barrier()
         bad, defect = {name}_compare(group * NC, tile, starts_ptr, ends_ptr, C, per, chunks, batch, tol, floor, NC, BD, WIDTH, WIDE)
         passes += 1
-        going = (bad > 0) & (odd == 0.0) & (passes < most) & (passes < {patience})
+        going = (bad > 0) & (odd == 0.0) & (passes < most) & (passes < {patience}) & (defect < 0.25 * before)
     unsolved = (bad > 0) | (odd > 0.0)
     again = unsolved & (passes < most)
-    rows = NC // per + 0 * tile
+    rows = NC // per + skip
     if again & (odd == 0.0):
-        # as in a correction, of one chunk of everything: compiled once, so what is recorded goes where nobody reads it
-        aside = tl.cast(batch, tl.int64) * {S} * chunks * C
-        one = 1 + 0 * tile
+        known = {known}
         tl.debug_barrier()
         odd = {name}_again(
-            group * rows, rows, tile, group * parts, parts, {arguments},
-            {place}, starts_ptr + aside, ends_ptr + aside, L, one, one, batch, 0,
+            group * rows, rows, tile, group * parts, parts, known, L - known * CL, {arguments},
+            {place}, starts_ptr, ends_ptr, CL, 1 + skip, chunks, batch, 0,
             ROWS, BD, WIDTH, FAST, True, WIDE, False, False, False,
         )
     if again & (odd > 0.0):
         tl.debug_barrier()
         {name}_again(
-            group * rows, rows, tile, group * parts, parts, {arguments},
-            {place}, starts_ptr, ends_ptr, L, 1, 1, batch, 0,
+            group * rows, rows, tile, group * parts, parts, 0, L, {arguments},
+            {place}, starts_ptr, ends_ptr, CL, 1, chunks, batch, 0,
             ROWS, BD, WIDTH, FAST, True, WIDE, False, True, True,
         )
     passes += again.to(tl.int32)

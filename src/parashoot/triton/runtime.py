@@ -186,7 +186,7 @@ def _launch_heads(
     tiles = -(-channels // used)
     per, rows, together, blocks = _head_rows(tiling, batch, chunks)
     new = functools.partial(x.new_empty, dtype=torch.float32)
-    ends = new(batch, made.slots, chunks + 1, channels)  # one beside, for a pass in order
+    ends = new(batch, made.slots, chunks, channels)
     facts, report = new(blocks, tiles), new(blocks * rows // together, tiles, 3)
     common = given | place | _modes(given, x)
     common |= {

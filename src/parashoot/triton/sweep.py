@@ -374,6 +374,7 @@ def _module(
     }  # fmt: skip
     if s.width is not None:
         blocks |= {"apart": " | ".join(f"~(r{i} <= tol * tl.maximum(z{i}, floor))" for i in slots), "finish": finish}
+        blocks["known"] = "skip" if clear else "passes"  # sums over time are of all of it
         blocks |= {"lead": loop(False, False, s.unroll, s.stages), "write": loop(False, True, s.unroll, s.stages)}
         text = [fill(t, s.slots, blocks | {"fixed": str(fixed(t))}) for t in head_skeleton.TEXTS]
         return HEADER + HEAD_FUNCTIONS + "\n".join([*functions, *text])
