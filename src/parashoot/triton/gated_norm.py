@@ -54,11 +54,10 @@ def run_backward(dn: Tensor, y: Tensor, g: Tensor, weight: Tensor, eps: float, d
     programs = -(-len(into) // per)
     sums = y.new_empty(programs, width, dtype=torch.float32)
     block = triton.next_power_of_2(width)
-    warps = min(32, max(1, block // (32 * PER_THREAD)))
+    options = {"FAST": y.is_cuda, "BLOCK": block, "num_warps": min(32, max(1, block // (32 * PER_THREAD)))}
     if dy.numel():
+        strides = [v.stride(0) for v in (*rows, into)]
+        given = [*rows, weight.contiguous(), dy, into, sums, len(into), per, width, eps, *strides]
         with torch.cuda.device(y.device) if y.is_cuda else contextlib.nullcontext():
-            backward[(programs,)](
-                *rows, weight.contiguous(), dy, into, sums, len(into), per, width, eps, *(v.stride(0) for v in (*rows, into)),
-                FAST=y.is_cuda, BLOCK=block, num_warps=warps,
-            )  # fmt: skip
+            backward[(programs,)](*given, **options)
     return dy, sums.sum(0)
