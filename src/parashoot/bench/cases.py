@@ -106,7 +106,7 @@ SUITES = {
     "heads": Suite(
         "cells whose heads mix their state, beside the same kernel with one chunk, which is sequential; and FlashRNN's LSTM, "
         "in heads of 32",
-        _cases("headgru/8 headgru/16", [BIG], BOTH) + _cases("headlstm/8 headlstm/16 headlstm/32", [BIG]),
+        _cases("headgru/8 headgru/16", [BIG], BOTH) + _cases("headrotor headlstm/8 headlstm/16 headlstm/32", [BIG]),
         ("scan-triton", "scan-sequential", "flashrnn"),
     ),
     "paper": Suite(

@@ -192,8 +192,8 @@ SUITES: dict[str, dict[str, Any]] = {
             {"task": "mqar", "models": [*BLOCK, "block:attention"]},
             {"task": "khop", "models": [*BLOCK, "block:attention"], "steps": 7000},
             {
-                "task": "khop", "models": [*BLOCK, "block:attention"], "options": {"k": 2, "vocab": 5}, "steps": 20_000,
-                "validate_every": 1250,
+                "task": "khop", "models": [*BLOCK, "block:attention"], "options": {"k": 2, "vocab": 5}, "steps": 40_000,
+                "validate_every": 2500, "learning_rates": [2e-3, 6e-3], "weight_decay": 0.1,
             },
         ],
     },

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .functions import logistic
 
-WAVES = 8  # programs for each multiprocessor
 PER_THREAD = 8  # channels
+RESIDENT = 640  # threads that a multiprocessor holds at once with the registers this takes: a program more waits for the others to end
 
 
 @triton.jit(do_not_specialize=("rows", "per"))
@@ -49,12 +49,13 @@ def run_backward(dn: Tensor, y: Tensor, g: Tensor, weight: Tensor, eps: float, d
     rows = [v.reshape(-1, width) for v in (dn, y, g)]
     rows = [v if v.stride(1) == 1 else v.contiguous() for v in rows]
     into = dg.view(-1, width)
-    programs = WAVES * (torch.cuda.get_device_properties(y.device).multi_processor_count if y.is_cuda else 1)
-    per = max(1, -(-len(into) // programs))
+    block = triton.next_power_of_2(width)
+    warps = min(32, max(1, block // (32 * PER_THREAD)))
+    processors = torch.cuda.get_device_properties(y.device).multi_processor_count if y.is_cuda else 1
+    per = max(1, -(-len(into) // (processors * max(1, RESIDENT // (32 * warps)))))
     programs = -(-len(into) // per)
     sums = y.new_empty(programs, width, dtype=torch.float32)
-    block = triton.next_power_of_2(width)
-    options = {"FAST": y.is_cuda, "BLOCK": block, "num_warps": min(32, max(1, block // (32 * PER_THREAD)))}
+    options = {"FAST": y.is_cuda, "BLOCK": block, "num_warps": warps}
     if dy.numel():
         strides = [v.stride(0) for v in (*rows, into)]
         given = [*rows, weight.contiguous(), dy, into, sums, len(into), per, width, eps, *strides]
