@@ -49,7 +49,7 @@ def run_backward(dn: Tensor, y: Tensor, g: Tensor, weight: Tensor, eps: float, d
     rows = [v.reshape(-1, width) for v in (dn, y, g)]
     rows = [v if v.stride(1) == 1 else v.contiguous() for v in rows]
     into = dg.view(-1, width)
-    block = triton.next_power_of_2(width)
+    block = 1 << (width - 1).bit_length()
     warps = min(32, max(1, block // (32 * PER_THREAD)))
     processors = torch.cuda.get_device_properties(y.device).multi_processor_count if y.is_cuda else 1
     per = max(1, -(-len(into) // (processors * max(1, RESIDENT // (32 * warps)))))
