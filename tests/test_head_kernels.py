@@ -10,6 +10,7 @@ from parashoot.tiling import Tiling
 from parashoot.triton.skeleton import PATIENCE
 
 pytest.importorskip("triton")
+from parashoot.triton import runtime
 from test_kernels import BF16, DEVICE, KERNEL, ON_GPU, compare, fp32_problem, moved
 
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
@@ -94,6 +95,43 @@ def test_a_cell_that_does_not_forget_goes_on_from_what_is_exact(cell, reverse, t
         x[:, :, cell.inputs.index("f")] += 8.0
     info = compare(cell, x, params, h0, random_resets(3, 41, share=0.01), reverse, all_states=reverse)
     assert info.iterations == 3
+
+
+@ps.cell(structure="headwise", width=4)
+def chaos(h: ps.State, x: ps.Input, R: ps.Param):
+    a = torch.einsum("hij,...hj->...hi", R, h)
+    return x + 1 - 1.8 * a * a
+
+
+@pytest.mark.parametrize(("chunks", "each"), [(16, 32), (2, 48)])
+def test_every_step_follows_from_the_one_before_where_roundings_grow(chunks, each, tiling, monkeypatch):
+    """Corrections begin again from chunks whose ends the first launch, compiled otherwise, wrote a rounding off. Without a GPU it
+    is the same code, so the rounding is put in."""
+    if not ON_GPU:
+        execute, rounding = runtime._execute, "    v0 = v0 * (1.0 + 1.2e-7) if LEAD else v0\n    n = steps\n"
+        monkeypatch.setattr(runtime, "_execute", lambda s, n: execute(s.replace("    n = steps\n", rounding), n))
+        monkeypatch.setattr(runtime, "load", runtime.load.__wrapped__)
+    tiling(Tiling(16, 1, 1, 2, chunks, 4, 1))
+    x, R = 0.01 * torch.randn(1, chunks * each, 1, 16), torch.eye(4)[[1, 2, 3, 0]].repeat(4, 1, 1)
+    h0 = 0.3 * torch.randn(1, 1, 16)
+    gx, (matrices,), gh = moved(x, [R], h0)
+    y = ps.scan(chaos, gx, (matrices,), gh, solver=KERNEL)[0].cpu()
+    before = torch.cat([h0, y[:, :-1]], 1).double().unflatten(-1, (4, 4))
+    follows = chaos.step(before, x[:, :, 0].double().unflatten(-1, (4, 4)), R.double()).flatten(2)
+    assert float((follows - y).abs().max()) <= 1e-6
+
+
+def test_a_sequence_does_not_set_the_tolerance_of_another(tiling):
+    """Two in one program; the one that forgets at once has a gradient a million times as large."""
+    tiling(Tiling(16, 1, 2, 2, 8, 8, 1))
+    x, params, h0 = fp32_problem(GRU, 2, 192, 16, 0.3)
+    x[:, :, 0] += torch.tensor([-1.0, 4.0])[:, None, None]
+    dy = torch.randn(2, 192, 16) * torch.tensor([1.0, 1e6])[:, None, None]
+    want = gradients(by_loop(GRU), x.double(), [p.double() for p in params], h0.double(), dy.double(), None)[0]
+    gx, gp, gh = moved(x, params, h0)
+    run = lambda x, p, h: ps.scan(GRU, x, tuple(p), h, solver=KERNEL)
+    got = gradients(run, gx, gp, gh, dy.to(DEVICE), None)[0]
+    assert relative(got[:1].cpu(), want[:1]) <= 1e-5
 
 
 def test_the_limit_counts_passes(tiling):

@@ -13,7 +13,7 @@ from oracle import random_resets, relative
 from parashoot.errors import GradientError
 from parashoot.lm.block import Block
 from parashoot.lm.conv import CausalConv, causal_conv_backward, shifted_products
-from parashoot.lm.gate import GatedNorm, convolved, gated_norm, gated_norm_backward
+from parashoot.lm.gate import GatedNorm, HalfConv, gated_norm, gated_norm_backward
 
 pytest.importorskip("triton")
 
@@ -90,51 +90,51 @@ class Pair(torch.nn.Module):
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
-        self.conv, self.norm = CausalConv(channels, 4, heads), GatedNorm(channels, eps=EPS)
+        self.conv, self.norm = HalfConv(channels, 4, heads), GatedNorm(channels, eps=EPS)
 
-    def forward(self, ug: Tensor, past: Tensor | None, reset: Tensor | None, kernels: bool) -> tuple[Tensor, Tensor]:
-        if kernels:
-            v, ug, after = convolved(ug, self.conv, past, reset)
-        else:
-            u = ug.chunk(2, -1)[0]
-            v = shifted_products(u, self.conv.weight, self.conv.bias, past, reset, self.conv.heads)
-            after = self.conv.after(u, past, reset)
-        return self.norm(v.flatten(2) if v.dim() == 4 else v, ug, kernels), after
+    def forward(self, ug: Tensor, past: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        v, ug, after = self.conv(ug, past, reset)
+        return self.norm(v.flatten(2) if v.dim() == 4 else v, ug, self.conv.fused(ug)), after
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """They run on the CPU too, in float32."""
+    monkeypatch.setattr(CausalConv, "fused", lambda self, u: u.dtype == torch.float32)
 
 
 def gradients(
     pair: Pair,
     ug: Tensor,
     past: Tensor,
-    reset: Tensor,
-    kernels: bool,
+    reset: Tensor | None,
     run: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> list[Tensor]:
     leaves = [ug.clone().requires_grad_(), past.clone().requires_grad_()]
-    n, after = (pair if run is None else run)(*leaves, reset, kernels)
+    n, after = (pair if run is None else run)(*leaves, reset)
     loss = (n.sin() + 0.1 * n).sum() + after.square().sum()
     return [n.detach(), *torch.autograd.grad(loss, [*leaves, *pair.parameters()])]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_both_halves_of_the_gradient_arrive(heads, compiled):
+def test_both_halves_of_the_gradient_arrive(heads, compiled, kernels):
     """The past that is handed on has a gradient too, which meets the shared one."""
     pair = Pair(32, heads).to(DEVICE)
     torch.nn.init.normal_(pair.norm.weight)
     ug, past = torch.randn(2, 21, 64, device=DEVICE), torch.randn(2, 3, 32, device=DEVICE)
     reset = random_resets(2, 21, share=0.15).to(DEVICE)
     function = torch.compile(pair, backend="aot_eager", fullgraph=True) if compiled else pair
-    got = gradients(pair, ug, past, reset, True, function)
-    want = gradients(pair.double(), ug.double(), past.double(), reset, False)
+    got = gradients(pair, ug, past, reset, function)
+    want = gradients(pair.double(), ug.double(), past.double(), reset)
     for mine, its in zip(got, want, strict=True):
         assert relative(mine.double(), its) < 1e-5
 
 
-def test_a_gate_that_nothing_is_asked_of():
+def test_a_gate_that_nothing_is_asked_of(kernels):
     """The convolution alone has its gradient, and g none."""
     pair, ug = Pair(16, 1).to(DEVICE), torch.randn(1, 9, 32, device=DEVICE, requires_grad=True)
-    v, _, _ = convolved(ug, pair.conv, None, None)
+    v, _, _ = pair.conv(ug)
     (got,) = torch.autograd.grad(v.square().sum(), ug)
     leaf = ug.detach().double().requires_grad_()
     weight, bias = pair.conv.weight.detach().double(), pair.conv.bias.detach().double()
@@ -142,16 +142,16 @@ def test_a_gate_that_nothing_is_asked_of():
     assert relative(got.double(), want) < 2e-6
 
 
-def test_the_anomaly_detector_finds_nothing():
+def test_the_anomaly_detector_finds_nothing(kernels):
     pair, ug = Pair(16, 1).to(DEVICE), torch.randn(1, 9, 32, device=DEVICE)
     with torch.autograd.detect_anomaly(check_nan=True):
-        assert all(bool(x.isfinite().all()) for x in gradients(pair, ug, ug[:, :3, :16], None, True))  # type: ignore[arg-type]
+        assert all(bool(x.isfinite().all()) for x in gradients(pair, ug, ug[:, :3, :16], None))
 
 
-def test_a_second_derivative_is_refused():
+def test_a_second_derivative_is_refused(kernels):
     pair, ug = Pair(16, 1).to(DEVICE), torch.randn(1, 9, 32, device=DEVICE, requires_grad=True)
     with pytest.raises(GradientError, match="GatedNorm was to be differentiated twice"):
-        torch.autograd.grad(pair(ug, None, None, True)[0].sin().sum(), ug, create_graph=True)
+        torch.autograd.grad(pair(ug, None, None)[0].sin().sum(), ug, create_graph=True)
 
 
 @pytest.mark.gpu

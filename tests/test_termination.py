@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import parashoot as ps
-from oracle import CELLS, loop, random_problem, relative, step
+from oracle import CELLS, by_loop, gradients, loop, random_problem, relative, step
 from parashoot.solve import shooting
 
 
@@ -328,3 +328,25 @@ def test_what_a_few_sweeps_do_not_settle_runs_in_order(structure, with_reset):
     assert info.iterations == 1 + max(8 if structure == "channelwise" else 4, chunks // 32) < chunks
     asked = ps.scan(latch, x, h0=h0, solver=ps.MultipleShooting(chunk_length=info.chunk_length), return_info=True)[2]
     assert asked.iterations == chunks
+
+
+def test_a_cell_that_does_not_forget_is_given_up_after_two_sweeps():
+    """Where matrices cost what the loop does, the forward pass forms none: the second sweep tells that nothing comes nearer."""
+    cell = ps.cells.headrotor
+    x, params, h0 = random_problem(cell, 4, 512, 128, 0.25, torch.float32)
+    dy = torch.randn(4, 512, 128)
+    run = lambda x, params, h0: ps.scan(cell, x, params, h0=h0)
+    assert "a few of them cost what the loop does" in str(ps.explain(cell, x, params))
+    assert ps.scan(cell, x, params, h0=h0, return_info=True)[2].iterations == 3
+    wide = x.double(), [p.double() for p in params], h0.double()
+    want = by_loop(cell)(*wide)[0]
+    assert relative(run(x, params, h0)[0], want) <= 1e-5
+    found = gradients(run, x, params, h0, dy, None)
+    exact = gradients(by_loop(cell), *wide, dy.double(), None)
+    assert max(relative(g, w) for g, w in zip(found, exact, strict=True)) <= 1e-4
+
+
+def test_few_channels_over_a_long_time_are_worth_matrices():
+    cell = ps.cells.headrotor
+    x, params, _ = random_problem(cell, 1, 4096, 16, dtype=torch.float32)
+    assert "formed only if" in str(ps.explain(cell, x, params))

@@ -85,7 +85,7 @@ class Plan:
     tol: float
     max_iters: int | None
     window: int
-    lazy: float | None  # tolerance up to which Jacobians are not formed at all
+    lazy: float | None  # tolerance up to which Jacobians are not formed at all, and else in the backward pass at least
     patience: int | None  # sweeps after which what is not exact yet runs in order
     autograd: bool  # one chunk: differentiate the plain loop, which is then the fastest
     tiling: Tiling | None  # how generated kernels cut the problem; None: PyTorch operations
@@ -148,7 +148,13 @@ def make_plan(
         )
         if jacobian == "exact" and width > 1 and cell.structure != "channelwise":
             lazy = _tolerance(tol, "zero", dtype) if solver.tol is None else solver.tol
-            reasons.append("formed only if a sweep without it does not converge")
+            if _dear(batch * channels, width, ops, device):
+                jacobian = "zero"
+                reasons.append(
+                    "formed only for gradients that a sweep without does not give: a few of them cost what the loop does"
+                )
+            else:
+                reasons.append("formed only if a sweep without it does not converge")
     if solver.chunk_length == "auto":
         linear = _linear_ops(width, "zero" if lazy else jacobian, ops)
         shortest = 16 if cell.structure == "channelwise" else 128  # their backward starts many more operations a step
@@ -164,7 +170,7 @@ def make_plan(
         (8 if cheap else 4),
         (8 if jacobian == "zero" else 32),
     )  # a sweep with Jacobians costs several without
-    if solver.chunk_length == "auto" and solver.max_iters is None and chunks > least:
+    if solver.chunk_length == "auto" and solver.max_iters is None and chunks > (1 if jacobian == "zero" else least):
         patience = max(least, chunks // share)
         reasons.append(f"what {patience} sweeps have not made exact runs in order")
     autograd = chunks == 1 and _by_autograd(cell, x_shape, device, ops[0])
@@ -296,6 +302,12 @@ def _linear_ops(width: int, jacobian: str, ops: tuple[int, ...]) -> int:
     if jacobian == "zero":
         return 0
     return ops[1] + 1 if width == 1 else ops[0] * width + width * width
+
+
+def _dear(elements: int, width: int, ops: tuple[int, ...], device: torch.device) -> bool:
+    """Whether three sweeps with matrices of `width` take longer than the loop."""
+    start, each = _COST.get(device.type, _COST["cuda"])
+    return 3 * elements * _linear_ops(width, "exact", ops) * each > ops[0] * (start + each * elements)
 
 
 def _choose_length(

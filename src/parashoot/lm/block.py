@@ -15,8 +15,7 @@ from ..cells.find import find_cell
 from ..layers import RNN
 from .attention import Attention
 from .config import ParaRNNConfig
-from .conv import CausalConv
-from .gate import GatedNorm, convolved
+from .gate import GatedNorm, HalfConv
 from .gated_delta import GatedDelta
 from .mlp import SwiGLU
 from .parts import ResidualLinear, RMSNorm
@@ -34,7 +33,7 @@ class Recurrence(nn.Module):
         d, width = config.hidden_size, config.state_expansion * config.hidden_size
         heads, clip = config.num_heads, config.recurrent_clip
         self.in_proj = nn.Linear(d, 2 * width, bias=False)
-        self.conv = CausalConv(width, config.conv_kernel, heads)
+        self.conv = HalfConv(width, config.conv_kernel, heads)
         self.rnn = RNN(find_cell(config.cell), width, width, num_heads=heads, recurrent_clip=clip)
         self.norm = GatedNorm(width, eps=config.rms_norm_eps)
         self.out_proj = ResidualLinear(width, d, bias=False)
@@ -44,18 +43,13 @@ class Recurrence(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x (B, T, d), the past, reset (B, T) bool -> (y (B, T, d), the past after x)."""
         conv, state = (past[0], past[1].unsqueeze(0)) if past is not None else (None, None)
-        ug = self.in_proj(x)
-        shared = self.conv.fused(ug)
-        if shared:
-            u, ug, conv = convolved(ug, self.conv, conv, reset)
-        else:
-            u, conv = self.conv(ug.chunk(2, -1)[0], conv, reset)
+        u, ug, conv = self.conv(self.in_proj(x), conv, reset)
         if x.shape[1] == 1 and state is not None and reset is None:
             y, state = self.rnn.step(u.flatten(2).squeeze(1), state)
             y = y.unsqueeze(1)
         else:
             y, state = self.rnn(u, state, reset=reset)
-        return self.out_proj(self.norm(y, ug, shared)), (conv, state.squeeze(0))
+        return self.out_proj(self.norm(y, ug, self.conv.fused(ug))), (conv, state.squeeze(0))
 
 
 MIXERS = {"rnn": Recurrence, "attention": Attention, "gated_delta": GatedDelta}

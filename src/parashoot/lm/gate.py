@@ -22,7 +22,7 @@ class GatedNorm(RMSNorm):
     eps: float
 
     def forward(self, y: Tensor, ug: Tensor, shared: bool = False) -> Tensor:  # type: ignore[override]
-        """`shared`: ug came from `convolved`, which completes its gradient."""
+        """`shared`: kernels ran in the `HalfConv` that ug came from, which completes its gradient."""
         if shared:
             return _GatedNorm.apply(y, ug, self.weight, self.eps)  # type: ignore[return-value]
         return gated_norm(y, ug, self.weight, self.eps)
@@ -34,10 +34,19 @@ def gated_norm(y: Tensor, ug: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(z, weight.shape, weight.to(z.dtype), eps)
 
 
-def convolved(ug: Tensor, conv: CausalConv, past: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(v of the first half of ug (B, T, 2 C) by the kernels of `conv`, ug for `GatedNorm` and nothing else, the past after u)."""
-    v, carried = _Convolved.apply(ug, conv.weight, conv.bias, past, reset, conv.heads)  # type: ignore[misc]
-    return v if conv.heads > 1 else v.flatten(2), carried, conv.after(ug[..., : conv.weight.shape[1]], past, reset)
+class HalfConv(CausalConv):
+    """v = silu(conv(u)) of the first half u of ug (B, T, 2 C), and ug for `GatedNorm` and nothing else."""
+
+    def forward(  # type: ignore[override]
+        self, ug: Tensor, past: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(v as `CausalConv` gives it, ug, the past after u)."""
+        u = ug[..., : self.weight.shape[1]]
+        if not self.fused(u):
+            v, after = super().forward(u, past, reset)
+            return v, ug, after
+        v, ug = _Convolved.apply(ug, self.weight, self.bias, past, reset, self.heads)  # type: ignore[misc]
+        return v if self.heads > 1 else v.flatten(2), ug, self.after(u, past, reset)
 
 
 class _Convolved(torch.autograd.Function):

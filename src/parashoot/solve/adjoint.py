@@ -12,13 +12,14 @@ forward pass. Shapes as in `shooting.py`; `before` (m, S, B, n, F) are the state
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .shooting import Steps
+from .shooting import NEARER, Steps
 
 _CACHE = 2**26  # elements of step Jacobians kept between the two sweeps; more are computed again
 
@@ -114,15 +115,18 @@ def _cut(v: Tensor, where: Tensor | None) -> Tensor:
 def adjoint_by_sweeps(
     steps: Steps, before: Tensor, cots: Cotangents, tol: float, limit: int | None = None
 ) -> Gradients | None:
-    """Gradients by iterating on the boundary gradients, no Jacobian formed; at most n sweeps, None after `limit` of them."""
-    sweeps, n = 0, before.shape[3]
+    """Gradients by iterating on the boundary gradients, no Jacobian formed; at most n sweeps.
+
+    Where a sweep brings chunks hardly nearer to each other, the rest run one after another; with a `limit`, None then and after so many sweeps.
+    """
+    sweeps, n, largest = 0, before.shape[3], math.inf
     beta = torch.zeros_like(before[0])
     beta[:, :, -1] = cots.dh_n
     lams = torch.empty_like(before)
     alpha = torch.empty_like(beta)
     live = n  # chunks from `live` on are exact
     while True:
-        alpha[:, :, :live] = _pull_chunks(steps, before, cots, beta, lams, live)
+        alpha[:, :, :live] = _pull_chunks(steps, before, cots, beta, lams, 0, live)
         incoming = alpha[:, :, 1:live]
         defect = incoming - beta[:, :, : live - 1]
         unchanged = (defect == 0) | (incoming.isnan() & beta[:, :, : live - 1].isnan())
@@ -133,8 +137,16 @@ def adjoint_by_sweeps(
         if live_next <= 0 or not bool(outside.any()):
             break
         sweeps += 1
-        if sweeps == limit:
+        apart = torch.where(unchanged, 0.0, defect.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny))
+        last, largest = largest, float(apart.nan_to_num(math.inf).max())
+        stuck = largest > NEARER * last
+        if limit is not None and (stuck or sweeps == limit):
             return None
+        if stuck:
+            for c in reversed(range(live_next)):
+                beta[:, :, c] = alpha[:, :, c + 1]
+                alpha[:, :, c : c + 1] = _pull_chunks(steps, before, cots, beta, lams, c, c + 1)
+            break
         beta[:, :, : live - 1] = incoming
         live = live_next
     gather = _Gather(steps, before, cots)
@@ -143,19 +155,22 @@ def adjoint_by_sweeps(
     return gather.gradients(alpha[:, :, 0])
 
 
-def _pull_chunks(steps: Steps, before: Tensor, cots: Cotangents, beta: Tensor, lams: Tensor, live: int) -> Tensor:
-    """Pull `beta` back through the first `live` chunks, writing lambda for each step; the gradients by their starts."""
-    lam, last = beta[:, :, :live], before.shape[3] == live
+def _pull_chunks(
+    steps: Steps, before: Tensor, cots: Cotangents, beta: Tensor, lams: Tensor, first: int, live: int
+) -> Tensor:
+    """Pull `beta` back through the chunks from `first` to `live`, writing lambda for each step; the gradients by their starts."""
+    chunks = slice(first, live)
+    lam, last = beta[:, :, chunks], before.shape[3] == live
     resets = None if steps.resets is None else steps.at(steps.resets)
     for t in reversed(range(steps.length)):
-        lam = lam + cots.dys[t, :, :, :live]
-        lams[t, :, :, :live] = lam
+        lam = lam + cots.dys[t, :, :, chunks]
+        lams[t, :, :, chunks] = lam
         pulled = steps.trace.pull(
-            before[t, :, :, :live].unbind(0), steps.xs[t, :, :, :live].unbind(0), steps.params, lam.unbind(0)
+            before[t, :, :, chunks].unbind(0), steps.xs[t, :, :, chunks].unbind(0), steps.params, lam.unbind(0)
         )
         new = torch.stack(pulled)
         if resets is not None:
-            new = new.masked_fill(resets[t, :, :live], 0.0)
+            new = new.masked_fill(resets[t, :, chunks], 0.0)
         if last and t >= cots.tail:
             new[:, :, -1] = lam[:, :, -1]
         lam = new

@@ -27,6 +27,8 @@ from ..errors import ConvergenceError
 from ..trace import Trace
 from .linear import Algebra, corrections, finite_or_zero, guard
 
+NEARER = 0.25  # a sweep without Jacobians that leaves more than this of the largest defect says that the cell does not forget
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -133,7 +135,8 @@ def shoot(
     Stops when every defect and every predicted correction is within `tol` of max(1, |state|), or roundings keep both from it
     (`_rounded`), or when all is exact. With a
     tolerance `lazy`, the first update is made without Jacobians, and they are formed only if the defects after it exceed that
-    tolerance. After `patience` sweeps the chunks that are not exact yet run one after another. Raises `ConvergenceError` if
+    tolerance. After `patience` sweeps, or one without Jacobians that brought chunks hardly nearer to each other, those that are not exact
+    yet run one after another; `patience` None: never. Raises `ConvergenceError` if
     `max_iters` sweeps were not enough.
     """
     m, _, batch, n = steps.xs.shape[:4]
@@ -145,7 +148,7 @@ def shoot(
         return Outcome(ys, torch.ones(1, dtype=torch.float64), 0.0)
     iterations = torch.ones(batch, dtype=torch.float64, device=h0.device)
     first, base, chunk_maps = 0, 0, None  # chunks before `first` are exact; chunk_maps are those of chunks from `base`
-    sweeps, largest = 0, torch.full_like(iterations, math.inf, dtype=ys.dtype)
+    sweeps, largest, before = 0, torch.full_like(iterations, math.inf, dtype=ys.dtype), math.inf
     while True:
         live = steps.from_chunk(first)
         sweep(live, start[:, :, first:], ys[:, :, :, first:])
@@ -182,7 +185,11 @@ def shoot(
         iterations = torch.where(unsolved, sweeps + 1.0, iterations)
         if sweeps == max_iters:
             raise ConvergenceError(sweeps, float(defect.abs().max()), tol, n)
-        if sweeps == patience:
+        stuck = False
+        if jacobian == "zero" and patience is not None:
+            now = float((defect.abs() / size).nan_to_num(math.inf).max())
+            before, stuck = now, now > NEARER * before
+        if sweeps == patience or stuck:
             for c in range(first_next, n):
                 start[:, :, c] = ys[-1, :, :, c - 1]
                 sweep(steps.only(c), start[:, :, c : c + 1], ys[:, :, :, c : c + 1])
