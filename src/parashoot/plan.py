@@ -147,14 +147,13 @@ def make_plan(
             f"{jacobian} Jacobian: {'one' if width == 1 else f'{width} x {width}'} per {'channel' if width == 1 else 'head'}"
         )
         if jacobian == "exact" and width > 1 and cell.structure != "channelwise":
-            lazy = _tolerance(tol, "zero", dtype) if solver.tol is None else solver.tol
-            if _dear(batch * channels, width, ops, device):
-                jacobian = "zero"
-                reasons.append(
-                    "formed only for gradients that a sweep without does not give: a few of them cost what the loop does"
-                )
-            else:
-                reasons.append("formed only if a sweep without it does not converge")
+            share = _share(batch * channels, width, ops, device)
+            lazy = (_tolerance(tol, "zero", dtype) if solver.tol is None else solver.tol) if share <= 1 else None
+            jacobian = "exact" if share <= 1 / 3 else "zero"
+            reasons.append(
+                "formed only if a sweep without it does not converge" if jacobian == "exact"
+                else f"formed {'only for gradients that a sweep without does not give' if lazy else 'nowhere'}: it costs {share:.1f} of the loop"
+            )  # fmt: skip
     if solver.chunk_length == "auto":
         linear = _linear_ops(width, "zero" if lazy else jacobian, ops)
         shortest = 16 if cell.structure == "channelwise" else 128  # their backward starts many more operations a step
@@ -304,10 +303,10 @@ def _linear_ops(width: int, jacobian: str, ops: tuple[int, ...]) -> int:
     return ops[1] + 1 if width == 1 else ops[0] * width + width * width
 
 
-def _dear(elements: int, width: int, ops: tuple[int, ...], device: torch.device) -> bool:
-    """Whether three sweeps with matrices of `width` take longer than the loop."""
+def _share(elements: int, width: int, ops: tuple[int, ...], device: torch.device) -> float:
+    """What a sweep with matrices of `width` takes of the loop's time."""
     start, each = _COST.get(device.type, _COST["cuda"])
-    return 3 * elements * _linear_ops(width, "exact", ops) * each > ops[0] * (start + each * elements)
+    return elements * _linear_ops(width, "exact", ops) * each / (ops[0] * (start + each * elements))
 
 
 def _choose_length(
