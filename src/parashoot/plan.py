@@ -149,10 +149,10 @@ def make_plan(
         if jacobian == "exact" and width > 1 and cell.structure != "channelwise":
             share = _share(batch * channels, width, ops, device)
             lazy = (_tolerance(tol, "zero", dtype) if solver.tol is None else solver.tol) if share <= 1 else None
-            jacobian = "exact" if share <= 1 / 3 else "zero"
+            jacobian = "exact" if share <= 1 / 8 else "zero"  # several sweeps, each some three times what is reckoned
             reasons.append(
                 "formed only if a sweep without it does not converge" if jacobian == "exact"
-                else f"formed {'only for gradients that a sweep without does not give' if lazy else 'nowhere'}: it costs {share:.1f} of the loop"
+                else f"formed {'only for gradients that a sweep without does not give' if lazy else 'nowhere'}: a sweep with it is reckoned at {share:.1f} of the loop"
             )  # fmt: skip
     if solver.chunk_length == "auto":
         linear = _linear_ops(width, "zero" if lazy else jacobian, ops)
