@@ -150,7 +150,7 @@ def {name}_correct(
         tl.debug_barrier()
         bad, defect, unmet = {name}_compare(group * NC, tile, starts_ptr, ends_ptr, C, per, chunks, batch, tol, floor, NC, BD, WIDTH, WIDE)
         passes += 1
-        going = (bad > 0) & (odd == 0.0) & (passes < most) & (passes < {patience}) & (unmet < 0.25 * before)
+        going = (bad > 0) & (odd == 0.0) & (passes < most) & (passes < {patience}) & (unmet < {nearer} * before)
     unsolved = (bad > 0) | (odd > 0.0)
     again = unsolved & (passes < most)
     rows = NC // per + skip

@@ -22,6 +22,9 @@ from collections.abc import Mapping, Sequence
 
 PLACE = "T0, DIR, LO, L, C"  # position q lies at time T0 + q DIR
 PATIENCE = 3  # passes before a program goes through its channels in order
+NEARER = (
+    0.25  # what a pass without Jacobians may leave of the defects, if another is to follow: as in solve/shooting.py
+)
 
 _HEAD = """
     tile = program % tiles
@@ -208,7 +211,7 @@ for t in tl.range(0, n, {U}, num_stages={stages}):
 """
 
 
-def fill(template: str, slots: int, blocks: Mapping[str, str | int | Sequence[str]]) -> str:
+def fill(template: str, slots: int, blocks: Mapping[str, str | float | Sequence[str]]) -> str:
     """The template with its repetitions written out and its markers replaced; a marker alone on a line takes several lines."""
     out = []
     for line in template.strip("\n").split("\n"):
@@ -232,6 +235,6 @@ def fill(template: str, slots: int, blocks: Mapping[str, str | int | Sequence[st
             copies = [single[1].replace("{i}", str(i)) for i in range(slots)] if single else [text]
         for copy in copies:
             for key, value in blocks.items():
-                copy = copy.replace("{" + key + "}", str(value)) if isinstance(value, str | int) else copy
+                copy = copy.replace("{" + key + "}", str(value)) if isinstance(value, str | int | float) else copy
             out.append(indent + copy)
     return "\n".join(out) + "\n\n"

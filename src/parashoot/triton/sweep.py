@@ -22,7 +22,7 @@ from ..tiling import stages_for, unroll_for
 from ..trace import Trace, trace_of
 from . import head_skeleton
 from .emit import atom, call, dot, function
-from .skeleton import CORRECT, LOOP, PATIENCE, PLACE, RUN, SHOOT, fill
+from .skeleton import CORRECT, LOOP, NEARER, PATIENCE, PLACE, RUN, SHOOT, fill
 
 HEADER = """import triton
 import triton.language as tl
@@ -375,6 +375,7 @@ def _module(
     if s.width is not None:
         blocks |= {"apart": " | ".join(f"~(r{i} <= tol * tl.maximum(z{i}, floor))" for i in slots), "finish": finish}
         # Chunks that corrections have made exact and written themselves; of all of time where sums are over it.
+        blocks["nearer"] = NEARER
         blocks["known"] = "skip" if clear else "passes - 1"
         blocks |= {"lead": loop(False, False, s.unroll, s.stages), "write": loop(False, True, s.unroll, s.stages)}
         text = [fill(t, s.slots, blocks | {"fixed": str(fixed(t))}) for t in head_skeleton.TEXTS]
