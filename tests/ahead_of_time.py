@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import parashoot as ps
-from parashoot.tiling import Tiling
+from parashoot.tiling import HEAD_ROWS, Tiling
 from parashoot.trace import trace_of
 from parashoot.triton.runtime import load
 from parashoot.triton.sweep import source_of
@@ -52,7 +52,7 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
     }
     constants |= {"x_c": 1, "dy_c": 1, "DIR": 1}
     if cell.width:
-        constants |= {"WIDTH": cell.width, "NC": 16 * tiling.warps, "ROWS": 16 * tiling.warps}
+        constants |= {"WIDTH": cell.width, "NC": HEAD_ROWS, "ROWS": HEAD_ROWS}
     signature, values, attributes = {}, {}, {}
     for k, name in enumerate(kernel.arg_names):
         if name in constants:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .cell import Cell, feature_shape, sizes
 from .errors import BackendError, bad_type, bad_value
-from .tiling import Tiling, choose, choose_heads, tuned
+from .tiling import HEAD_ROWS, Tiling, choose, choose_heads, tuned
 from .trace import Trace, trace, trace_of
 
 JACOBIANS = ("auto", "exact", "diagonal", "zero")
@@ -272,7 +272,7 @@ def _kernel_plan(
     jacobian = _kernel_jacobian(cell)
     tol = solver.tol if given and solver.tol is not None else _tolerance(_KERNEL_TOLERANCE[dtype], jacobian, dtype)
     limit = solver.max_iters if given else None
-    rows = "a chunk" if cell.width is None else f"{16 * tiling.warps} chunks"
+    rows = "a chunk" if cell.width is None else f"{HEAD_ROWS} chunks"
     tile = f"a program takes {tiling.columns} channels of {rows}, {tiling.unroll} steps a loop trip, {tiling.stages} trips loaded ahead"
     if chunks > 1:
         tile += f"; it leads in over {min(tiling.burn, length)} steps" + (" or more" if cell.width is None else "")

@@ -16,7 +16,7 @@ import torch
 class Tiling:
     """A program takes `columns` channels of one chunk with `warps` warps; `unroll` steps a loop trip, `stages` trips loaded ahead;
     time is cut into `chunks`, each led into by `burn` steps. A correction takes `rows` chunks of its own at once, longer or shorter
-    ones, of `narrow` channels. Of heads, a program takes `columns` channels of 16 chunks a warp; a correction takes them as they are."""
+    ones, of `narrow` channels. Of heads, a program takes `columns` channels of 16 chunks; a correction takes them as they are."""
 
     columns: int
     warps: int
@@ -109,11 +109,13 @@ def _chunks(width: int, unit: str, time: int, unroll: int, full: int, burn: int)
     return chunks, [f"{chunks} chunks of {width} {unit}: {chunks * width} carries at once, the device takes {full}"]
 
 
-_ROWS = 16  # the least that a matrix product takes, of columns too
+HEAD_ROWS = 16  # the least that a matrix product takes, of columns too
 # No Jacobian tells whether a lead was long enough, and a correction costs more than a longer lead.
 _HEAD_BURN = {2: 48, 4: 64}
 MOST_ROWS = 128  # chunks of a sequence of heads, which a correction holds at once
-_HEAD_ROWS = 8 * _ROWS  # rows of a tile that a multiprocessor advances at once: some warps for each of its four parts
+_HEAD_FULL = (
+    8 * HEAD_ROWS
+)  # rows of a tile that a multiprocessor advances at once: some warps for each of its four parts
 
 
 def choose_heads(
@@ -121,13 +123,13 @@ def choose_heads(
 ) -> tuple[Tiling, tuple[str, ...]]:  # fmt: skip
     """The same for heads of `width` channels: a program takes 16 rows (chunks of sequences) of as many heads as fit in a tile."""
     unroll, stages = unroll_for(slots, True), stages_for(slots, True)
-    columns = max(_ROWS, 1 << (width - 1).bit_length())
+    columns = max(HEAD_ROWS, 1 << (width - 1).bit_length())
     tiles = -(-channels // (columns // width * width))
     burn = _HEAD_BURN[itemsize]
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     else:
-        chunks, reasons = _chunks(batch * tiles, "tiles of heads", time, unroll, processors * _HEAD_ROWS, burn)
+        chunks, reasons = _chunks(batch * tiles, "tiles of heads", time, unroll, processors * _HEAD_FULL, burn)
     if chunks > MOST_ROWS:
         chunks, reasons = MOST_ROWS, [*reasons, f"of which a correction holds {MOST_ROWS} at most"]
     return Tiling(columns, 1, unroll, stages, chunks, burn, 1, columns), tuple(reasons)

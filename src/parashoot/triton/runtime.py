@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..cell import Cell, gradient_like, sizes
-from ..tiling import Tiling, stages_for, unroll_for
+from ..tiling import HEAD_ROWS, Tiling, stages_for, unroll_for
 from ..trace import Trace
+from .add_rows import add_rows
 from .sweep import Source, backward, decode, forward, source_of
 
 
@@ -80,7 +81,7 @@ def run_backward(
     end = -(-time // unroll) * unroll if made.save else time  # saved states stand at multiples of unroll
     chunks = tiling.cut(end)[1]
     numbers = sum(p.numel() for p in params)
-    parts = batch * chunks if made.width is None else _head_rows(tiling, batch, chunks)[3]
+    parts = batch * chunks if made.width is None else _head_rows(batch, chunks)[3]
     sums = x.new_empty(parts, numbers, dtype=torch.float32)
     given = {
         "x_ptr": x,
@@ -103,7 +104,7 @@ def run_backward(
         given |= {"saved_ptr": states, "groups": states.shape[1]}
     place = {"T0": time - end, "DIR": 1} if reverse else {"T0": end - 1, "DIR": -1}
     _launch(load(made, "backward"), made, given, place | {"LO": end - time, "L": end}, x, tiling, tol, 0.0, None)
-    summed = sums.sum(0).split([p.numel() for p in params])
+    summed = add_rows(sums).split([p.numel() for p in params])
     return dx, [g.view(p.shape).to(p.dtype) for g, p in zip(summed, params, strict=True)], dh0
 
 
@@ -168,9 +169,9 @@ def _launch(
     return _start(jobs, x, report)
 
 
-def _head_rows(tiling: Tiling, batch: int, chunks: int) -> tuple[int, int, int, int]:
+def _head_rows(batch: int, chunks: int) -> tuple[int, int, int, int]:
     """(rows of a sequence, of a program of the first launch, of one of the second; programs of the first for a tile)."""
-    each, rows = 1 << (chunks - 1).bit_length(), 16 * tiling.warps
+    each, rows = 1 << (chunks - 1).bit_length(), HEAD_ROWS
     together = max(rows, each)
     return each, rows, together, -(-batch * each // together) * (together // rows)
 
@@ -184,7 +185,7 @@ def _launch_heads(
     each, chunks = tiling.cut(place["L"])
     used = tiling.columns // made.width * made.width
     tiles = -(-channels // used)
-    per, rows, together, blocks = _head_rows(tiling, batch, chunks)
+    per, rows, together, blocks = _head_rows(batch, chunks)
     new = functools.partial(x.new_empty, dtype=torch.float32)
     ends = new(batch, made.slots, chunks, channels)
     facts, report = new(blocks, tiles), new(blocks * rows // together, tiles, 3)
@@ -199,7 +200,7 @@ def _launch_heads(
     shoot["num_warps"] = tiling.warps
     correct = {
         "parts": together // rows, "tol": tol, "floor": floor, "most": most or 2**30, "report_ptr": report, "NC": together,
-        "ROWS": rows, "num_warps": min(8, together // 16),
+        "ROWS": rows, "num_warps": min(8, together // rows * tiling.warps),
     }  # fmt: skip
     jobs = [(kernels[0], (blocks * tiles,), common | shoot), (kernels[1], (report[..., 0].numel(),), common | correct)]
     return _start(jobs, x, report)
