@@ -38,6 +38,8 @@ def run(parts: Tensor) -> Tensor:
     """The same by the kernel, which starts more programs than `torch.sum` does."""
     out = parts.new_empty(parts.shape[1:])
     block, warps = (32, 8) if out.numel() >= 4096 else (8, 4)
+    given = [parts, out, len(parts), out.numel()]
+    sizes = {"ROWS": ROWS, "COLUMNS": block, "num_warps": warps}
     with torch.cuda.device(parts.device) if parts.is_cuda else contextlib.nullcontext():
-        add[(-(-out.numel() // block),)](parts, out, len(parts), out.numel(), ROWS=ROWS, COLUMNS=block, num_warps=warps)
+        add[(-(-out.numel() // block),)](*given, **sizes)
     return out
