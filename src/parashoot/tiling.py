@@ -132,7 +132,7 @@ def choose_heads(
         chunks, reasons = _chunks(batch * tiles, "tiles of heads", time, unroll, processors * _HEAD_FULL, burn)
     if chunks > MOST_ROWS:
         chunks, reasons = MOST_ROWS, [*reasons, f"of which a correction holds {MOST_ROWS} at most"]
-    return Tiling(columns, 1, unroll, stages, chunks, burn, 1, columns), tuple(reasons)
+    return Tiling(columns, columns // HEAD_ROWS, unroll, stages, chunks, burn, 1, columns), tuple(reasons)
 
 
 # What `ps.tune` found: for each kind of device, tilings by cell, dtype and shape.
