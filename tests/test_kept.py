@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import parashoot as ps
-from oracle import by_loop, gradients, relative
+from oracle import by_loop, gradients, random_problem, relative
 from parashoot.tiling import Tiling
 from parashoot.trace import trace_of
 
@@ -72,3 +72,24 @@ def test_states_are_kept_where_a_step_compares_its_own(expression, kinked):
     found = trace_of(ps.cell(space["step"]), torch.float32, torch.device("cpu"))
     kept = [found.keeps_states(1, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     assert kept == [False, kinked, kinked] and found.keeps_states(2, torch.float32)
+
+
+@pytest.mark.parametrize(("cell", "kept"), [(ps.cells.headrotor, True), (ps.cells.headgru, False)], ids=lambda v: str(v))
+def test_states_are_kept_where_a_step_sums_over_a_head(cell, kept):
+    found = trace_of(cell, torch.float32, torch.device("cpu"))
+    assert [found.keeps_states(1, dtype) for dtype in (torch.float32, torch.bfloat16)] == [False, kept]
+
+
+def test_the_rounding_of_y_does_not_add_up_in_what_turns_without_end():
+    cell = ps.cells.headrotor
+    x, params, h0 = random_problem(cell, 2, 100, 16, sigma=0.25)
+    x[:, :, 4] -= 5.0  # the gate stays shut
+    x, h0 = x.to(torch.bfloat16), h0.float()
+    params = [p.float() for p in params]
+    dy = torch.randn(2, 100, 16).to(torch.bfloat16)
+    run = lambda x, p, h: ps.scan(cell, x, tuple(p), h, solver=KERNEL)
+    given = x.to(DEVICE), [p.to(DEVICE) for p in params], h0.to(DEVICE)
+    got = gradients(run, *given, dy.to(DEVICE), None)
+    want = gradients(by_loop(cell), x.double(), [p.double() for p in params], h0.double(), dy.double(), None)
+    for mine, exact in zip(got[1:], want[1:], strict=True):  # by the parameters and h0, which are float32
+        assert relative(mine.cpu(), exact) < 1e-3

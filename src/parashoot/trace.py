@@ -77,14 +77,18 @@ class Trace:
     def keeps_states(self, slots: int, dtype: torch.dtype) -> bool:
         """Whether kernels keep states for backward, or find the one there is in y.
 
-        A `dtype` shorter than what they compute in will not do where the step compares its state, for the rounding may lie beyond.
+        A `dtype` shorter than what they compute in will not do where the step compares its state, for the rounding may lie beyond, nor where
+        it sums over a head, as for a length: what turns without end adds up its roundings.
         """
-        return slots > 1 or (dtype.itemsize < 4 and self._kinked)
+        return slots > 1 or (dtype.itemsize < 4 and self._exacting)
 
     @functools.cached_property
-    def _kinked(self) -> bool:
+    def _exacting(self) -> bool:
         adjoint = self.adjoint
-        return adjoint is not None and adjoint.compares(name for name in adjoint.inputs if name[0] == "h")
+        if adjoint is None:
+            return False
+        sums = any(op == "total" for op, _ in adjoint.ops.values())
+        return sums or adjoint.compares(name for name in adjoint.inputs if name[0] == "h")
 
     @property
     def number(self) -> float:

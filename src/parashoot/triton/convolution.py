@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .add_rows import add_rows
-from .functions import logistic
+from .functions import sigmoid
 
 
 class Tile(NamedTuple):
@@ -101,7 +101,7 @@ def _activated(u, window, w, bias, age, K: tl.constexpr, RESET: tl.constexpr, FA
             v = tl.where(age >= j, v, 0.0)
         inputs += (v,)
         z += w[j] * v
-    return inputs, z, logistic(z, FAST)
+    return inputs, z, sigmoid(z, FAST)
 
 
 @triton.jit(do_not_specialize=FIXED)

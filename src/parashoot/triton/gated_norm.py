@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .add_rows import add_rows
-from .functions import logistic
+from .functions import sigmoid
 
 PER_THREAD = 8  # channels
 RESIDENT = 640  # threads that a multiprocessor holds at once with the registers this takes: a program more waits for the others to end
@@ -31,7 +31,7 @@ def backward(
         g = tl.load(g_ptr + row * g_row + col, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + row * y_row + col, mask=inside, other=0.0).to(tl.float32)
         dn = tl.load(dn_ptr + row * dn_row + col, mask=inside, other=0.0).to(tl.float32)
-        s = logistic(g, FAST)
+        s = sigmoid(g, FAST)
         silu = g * s
         r = tl.rsqrt(tl.sum(y * silu * (y * silu), 0) / C + eps)
         n = y * silu * r

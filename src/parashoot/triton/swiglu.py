@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .functions import logistic
+from .functions import sigmoid
 
 BLOCK, WARPS = 1024, 4
 
@@ -24,7 +24,7 @@ def backward(ab_ptr, dy_ptr, dab_ptr, ab_row, dy_row, C, tiles, FAST: tl.constex
     a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(at + C, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * dy_row + col, mask=inside, other=0.0).to(tl.float32)
-    s = logistic(a, FAST)
+    s = sigmoid(a, FAST)
     silu = a * s
     at = dab_ptr + row * 2 * C + col
     tl.store(at, (dy * b * (s + silu * (1.0 - s))).to(dab_ptr.dtype.element_ty), mask=inside)
