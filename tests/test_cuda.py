@@ -48,7 +48,9 @@ def test_storage_dtypes_keep_the_numerics_contract(name, dtype, slope, floor):
     assert bool(((y.cpu().double() - want).abs() <= slope * want.abs() + floor).all())
 
 
-@pytest.mark.parametrize(("name", "gate", "at"), [("gru", "z", -6), ("lstm", "f", 6), ("headgru", "z", -6), ("headrotor", "z", 0)])
+@pytest.mark.parametrize(
+    ("name", "gate", "at"), [("gru", "z", -6), ("lstm", "f", 6), ("headgru", "z", -6), ("headrotor", "z", 0)]
+)
 def test_in_bf16_gates_that_hardly_open_keep_the_contract(name, gate, at):
     cell = getattr(ps.cells, name)
     x, params, h0 = random_problem(cell, 1, 2048, 16, sigma=0.25)
@@ -57,10 +59,11 @@ def test_in_bf16_gates_that_hardly_open_keep_the_contract(name, gate, at):
     params = [p.float() for p in params]
     dy = torch.randn(1, 2048, 16).to(torch.bfloat16)
     run = lambda x, p, h: ps.scan(cell, x, tuple(p), h)
+    gx, gp, gh = on_gpu(x, params, h0)
     exact = x.double(), [p.double() for p in params], h0.double()
-    y, want = run(*on_gpu(x, params, h0))[0], by_loop(cell)(*exact)[0]
+    y, want = run(gx, gp, gh)[0], by_loop(cell)(*exact)[0]
     assert bool(((y.cpu().double() - want).abs() <= 2**-8 * want.abs() + 5e-4).all())
-    got = gradients(run, *on_gpu(x, params, h0), dy.cuda(), None)
+    got = gradients(run, gx, gp, gh, dy.cuda(), None)
     for mine, true in zip(got, gradients(by_loop(cell), *exact, dy.double(), None), strict=True):
         assert relative(mine.cpu(), true) < 1e-2
 

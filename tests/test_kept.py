@@ -74,7 +74,7 @@ def test_states_are_kept_where_a_step_compares_its_own(expression, kinked):
     assert kept == [False, kinked, kinked] and found.keeps_states(2, torch.float32)
 
 
-@pytest.mark.parametrize(("cell", "kept"), [(ps.cells.headrotor, True), (ps.cells.headgru, False)], ids=lambda v: str(v))
+@pytest.mark.parametrize(("cell", "kept"), [(ps.cells.headrotor, True), (ps.cells.headgru, False)], ids=str)
 def test_states_are_kept_where_a_step_sums_over_a_head(cell, kept):
     found = trace_of(cell, torch.float32, torch.device("cpu"))
     assert [found.keeps_states(1, dtype) for dtype in (torch.float32, torch.bfloat16)] == [False, kept]

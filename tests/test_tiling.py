@@ -40,6 +40,13 @@ def test_every_choice_for_heads_covers_the_sequence(batch, time, heads, itemsize
     assert width <= found.columns <= max(16, 2 * width - 1) and reasons
 
 
+@pytest.mark.parametrize(("turns", "asked", "chunks"), [(False, None, 16), (True, None, 1), (True, 128, 16)])
+def test_what_turns_is_cut_only_if_asked(turns, asked, chunks):
+    found, reasons = choose_heads(8, 2048, 2048, 2, 1, 8, H100, asked, turns)
+    assert found.cut(2048)[1] == chunks
+    assert ("forget nothing" in reasons[0]) == (turns and asked is None)
+
+
 @pytest.mark.parametrize(
     ("shape", "chunks", "reason"),
     [

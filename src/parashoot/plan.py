@@ -120,14 +120,14 @@ _EXACT_WIDTH = 16  # widest matrices for which exact products are cheaper than f
 @functools.lru_cache(maxsize=4096)
 def make_plan(
     cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver, ops: tuple[int, int, int],
-    foreign: tuple[str, ...], digest: str,
+    foreign: tuple[str, ...], digest: str, turns: bool,
 ) -> Plan:  # fmt: skip
     """The plan for x of `x_shape` (B, T, G, C); `ops`: operations of a step and of its Jacobian, machine instructions of its
-    adjoint; `foreign` those operations that have no kernel expression; `digest` the cell's."""
+    adjoint; `foreign` those operations that have no kernel expression; `digest` the cell's; `turns`: whether it sums over a head."""
     batch, time, _, channels = x_shape
     obstacle = no_kernel(cell, dtype, device, solver, foreign)
     if obstacle is None:
-        return _kernel_plan(cell, x_shape, dtype, device, solver, ops[2], digest)
+        return _kernel_plan(cell, x_shape, dtype, device, solver, ops[2], digest, turns)
     asked = isinstance(solver, MultipleShooting) and solver.backend == "triton"
     if asked:
         raise BackendError(f"backend: got 'triton'; {obstacle}. Use backend='auto' or 'torch'.")
@@ -251,6 +251,7 @@ def _kernel_plan(
     solver: Solver,
     instructions: int,
     digest: str,
+    turns: bool,
 ) -> Plan:
     batch, time, _, channels = x_shape
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -263,7 +264,8 @@ def _kernel_plan(
     if cell.width is None:
         tiling, reasons = choose(batch, time, channels, dtype.itemsize, slots, instructions, processors, asked)
     else:
-        tiling, reasons = choose_heads(batch, time, channels, dtype.itemsize, slots, cell.width, processors, asked)
+        sizes_of_heads = (batch, time, channels, dtype.itemsize, slots, cell.width)
+        tiling, reasons = choose_heads(*sizes_of_heads, processors, asked, turns)
     measured = tuned(device).get(str((digest, str(dtype), *x_shape))) if asked is None else None
     if measured is not None and measured.unroll == tiling.unroll:  # saved states stand at multiples of it
         tiling, reasons = measured, (f"{measured.chunks} chunks: the fastest that ps.tune measured on this device",)
@@ -366,7 +368,7 @@ def plan_for(cell: Cell, x: Tensor, params: list[Tensor], solver: Solver) -> tup
     """The plan and the trace for these tensors; traces the step if it is new."""
     found = trace_for(cell, x, params)
     ops = (found.step_ops, found.jacobian_ops, found.instructions)
-    return make_plan(cell, sizes(x), x.dtype, x.device, solver, ops, found.foreign, found.digest), found
+    return make_plan(cell, sizes(x), x.dtype, x.device, solver, ops, found.foreign, found.digest, found.turns), found
 
 
 def trace_for(cell: Cell, x: Tensor, params: list[Tensor]) -> Trace:

@@ -119,15 +119,21 @@ _HEAD_FULL = (
 
 
 def choose_heads(
-    batch: int, time: int, channels: int, itemsize: int, slots: int, width: int, processors: int, chunk_length: int | None
+    batch: int, time: int, channels: int, itemsize: int, slots: int, width: int, processors: int, chunk_length: int | None,
+    turns: bool = False,
 ) -> tuple[Tiling, tuple[str, ...]]:  # fmt: skip
-    """The same for heads of `width` channels: a program takes 16 rows (chunks of sequences) of as many heads as fit in a tile."""
+    """The same for heads of `width` channels: a program takes 16 rows (chunks of sequences) of as many heads as fit in a tile.
+
+    A state that the step `turns` is not known from where it began a while ago: no lead into a chunk is long enough.
+    """
     unroll, stages = unroll_for(slots, True), stages_for(slots, True)
     columns = max(HEAD_ROWS, 1 << (width - 1).bit_length())
     tiles = -(-channels // (columns // width * width))
     burn = _HEAD_BURN[itemsize]
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
+    elif turns:
+        chunks, reasons = 1, ["one chunk: a step that sums over its heads turns their states, which forget nothing"]
     else:
         chunks, reasons = _chunks(batch * tiles, "tiles of heads", time, unroll, processors * _HEAD_FULL, burn)
     if chunks > MOST_ROWS:

@@ -74,21 +74,23 @@ class Trace:
         """Machine instructions of a GPU that the adjoint of a step takes, roughly; 0 where it has no graph."""
         return 0 if self.adjoint is None else self.adjoint.instructions()
 
+    @functools.cached_property
+    def turns(self) -> bool:
+        """Whether the step sums over its heads, as for lengths and projections: it may then turn a state without end, and forget nothing."""
+        return self.adjoint is not None and any(op == "total" for op, _ in self.adjoint.ops.values())
+
+    @functools.cached_property
+    def _kinked(self) -> bool:
+        adjoint = self.adjoint
+        return adjoint is not None and adjoint.compares(name for name in adjoint.inputs if name[0] == "h")
+
     def keeps_states(self, slots: int, dtype: torch.dtype) -> bool:
         """Whether kernels keep states for backward, or find the one there is in y.
 
         A `dtype` shorter than what they compute in will not do where the step compares its state, for the rounding may lie beyond, nor where
-        it sums over a head, as for a length: what turns without end adds up its roundings.
+        it turns it: roundings add up.
         """
-        return slots > 1 or (dtype.itemsize < 4 and self._exacting)
-
-    @functools.cached_property
-    def _exacting(self) -> bool:
-        adjoint = self.adjoint
-        if adjoint is None:
-            return False
-        sums = any(op == "total" for op, _ in adjoint.ops.values())
-        return sums or adjoint.compares(name for name in adjoint.inputs if name[0] == "h")
+        return slots > 1 or (dtype.itemsize < 4 and (self._kinked or self.turns))
 
     @property
     def number(self) -> float:
