@@ -179,6 +179,7 @@ def main() -> int:
                 }  # fmt: skip
                 file.write(json.dumps(row) + "\n")
                 shown.append(f"{us:7.1f} {bytes_us:7.1f} {issue_us:7.1f} {ratio:5.2f}")
+            file.flush()
             kind = f"{made.slots} {made.inputs} {made.params}"
             print(
                 f"{seed:4d}: {kind} | {' | '.join(shown)} | {info.iterations} {info.iterations_mean:.2f} | {found['status']} "
