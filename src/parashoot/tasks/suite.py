@@ -251,7 +251,7 @@ SUITES: dict[str, dict[str, Any]] = {
             *(
                 {
                     "task": "keep_nth", "models": [f"cell:{cell}"], "initial_bias": bias, "recurrent_clip": None,
-                    "curriculum": [8, 12, 20, 50], "learned": 0.8, "steps": 60_000, "validate_every": 2000,
+                    "curriculum": [8, 12, 20, 50], "learned": 0.8, "steps": 450_000, "validate_every": 10_000, "learning_rates": [1e-3],
                 }
                 for cell, bias in (("lstm", {"f": 1.0, "z": 1.0}), ("gru", {"z": -1.0, "c": 1.0}))
             ),

@@ -238,16 +238,29 @@ def leading(v):
 
 
 @triton.jit
+def _column(v, k):
+    return tl.sum(tl.where(tl.arange(0, v.shape[1])[None, :] == k, v, 0.0), 1)[:, None]
+
+
+@triton.jit
+def _line(matrix, k):
+    return tl.sum(tl.where(tl.arange(0, matrix.shape[0])[:, None] == k, matrix, 0.0), 0)[None, :]
+
+
+@triton.jit
 def mixed(v, matrix, inside, same, FAST: tl.constexpr, MASKED: tl.constexpr, APART: tl.constexpr):
     """v times a block-diagonal matrix, for each row of v. FAST: each factor as a sum of two bf16, 2^-16 off.
 
-    APART: what is not finite in one head stays there; otherwise 0 x NaN takes it to the others.
+    APART: what is not finite in one head stays there; otherwise 0 x NaN takes it to the others. Rare, so a loop, which is quick to compile.
     """
     v = tl.broadcast_to(v, inside.shape)
     if MASKED:
         v = tl.where(inside, v, 0.0)
     if APART:
-        return tl.sum(tl.where(same[None, :, :], v[:, :, None] * matrix[None, :, :], 0.0), 1)
+        product = tl.zeros(inside.shape, tl.float32)
+        for k in range(inside.shape[1]):
+            product += tl.where(_line(same.to(tl.int32), k) > 0, _column(v, k) * _line(matrix, k), 0.0)
+        return product
     elif FAST:
         high, top = leading(v), leading(matrix)
         low, rest = (v - high).to(tl.bfloat16), (matrix - top).to(tl.bfloat16)
@@ -264,7 +277,10 @@ def totalled(v, inside, same, FAST: tl.constexpr, MASKED: tl.constexpr, APART: t
     if MASKED:
         v = tl.where(inside, v, 0.0)
     if APART:
-        return tl.sum(tl.where(same[None, :, :], v[:, :, None], 0.0), 1)
+        total = tl.zeros(inside.shape, tl.float32)
+        for k in range(inside.shape[1]):
+            total += tl.where(_line(same.to(tl.int32), k) > 0, _column(v, k), 0.0)
+        return total
     elif FAST:
         high = leading(v)
         ones = same.to(tl.bfloat16)
