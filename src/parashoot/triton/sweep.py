@@ -282,19 +282,19 @@ def _sum_up(s: Source, values: list[Atom]) -> list[str]:
 
 def _channel_sums(s: Source) -> tuple[list[str], list[str], list[str]]:
     """Lines that clear the sums, store them, and blank those of other parts."""
-    sums, blank = [], []
+    sums = []
+    blank = [
+        f"for other in range({s.params}, parts * {s.params}):",
+        f"    at = dp_ptr + (b * parts * {s.params} + other) * C + tile * BD + tl.arange(0, BD)",
+        "    tl.store(at, tl.zeros([BD], tl.float32), mask=(tile * BD + tl.arange(0, BD) < C) & ran)",
+    ]
     for k in range(s.params):
         sums += [
             f"at = dp_ptr + ((b * parts + part) * {s.params} + {k}) * C + tile * BD + tl.arange(0, BD)",
             "there = (tile * BD + tl.arange(0, BD) < C) & ran",
             f"tl.store(at, tl.sum(tl.where(live, a{k}, 0.0), 0), mask=there)",
         ]
-        blank += [
-            "for other in range(1, parts):",
-            f"    at = dp_ptr + ((b * parts + other) * {s.params} + {k}) * C + tile * BD + tl.arange(0, BD)",
-            "    tl.store(at, tl.zeros([BD], tl.float32), mask=(tile * BD + tl.arange(0, BD) < C) & ran)",
-        ]
-    return [f"a{k} = zero" for k in range(s.params)], sums, blank
+    return [f"a{k} = zero" for k in range(s.params)], sums, blank if s.params else []
 
 
 def _head_sums(s: Source) -> tuple[list[str], list[str], list[str]]:
