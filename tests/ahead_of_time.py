@@ -47,7 +47,7 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
         "NC": tiling.rows,
         "FAST": dtype == "bf16",
         "MASKED": False,
-        "ALONE": False,
+        "ALONE": bool(cell.width) and tiling.chunks == 1,
         "WIDE": False,
     }
     constants |= {"x_c": 1, "dy_c": 1, "DIR": 1}

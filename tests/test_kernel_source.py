@@ -74,7 +74,7 @@ REGISTERS = {
 SHARED = 232_448  # bytes a program may have on Hopper
 SPILLED = {"shoot": 0, "correct": 2048}  # bytes; corrections are rare
 HELD = {  # they hold matrices, transposes and gradients of matrices
-    ("headgru", "backward"): 64, ("headlstm", "backward"): 1280, ("headrotor", "forward"): 32, ("headrotor", "backward"): 1024,
+    ("headgru", "backward"): 64, ("headlstm", "backward"): 1280, ("headrotor", "backward"): 896,
 }  # fmt: skip
 
 
@@ -85,11 +85,11 @@ def jobs() -> list[tuple]:
     ):
         if (launch, dtype) != ("correct", "fp32"):
             cell, size = getattr(ps.cells, name), 2 if dtype == "bf16" else 4
+            found = trace_of(cell, torch.float32, torch.device("cpu"))
             if cell.width:
-                tiling, _ = choose_heads(8, 2048, 2048, size, len(cell.states), cell.width, 132, None)
+                tiling, _ = choose_heads(8, 2048, 2048, size, len(cell.states), cell.width, 132, None, found.turns)
             else:
-                instructions = trace_of(cell, torch.float32, torch.device("cpu")).instructions
-                tiling, _ = choose(8, 2048, 2048, size, len(cell.states), instructions, 132, None)
+                tiling, _ = choose(8, 2048, 2048, size, len(cell.states), found.instructions, 132, None)
             out.append((name, direction, launch, dtype, dataclasses.asdict(tiling)))
     tiling, _ = choose(8, 2048, 2048, 2, 1, 60, 132, None)
     sines = itertools.product(

@@ -5,7 +5,7 @@ holds as many whole heads of WIDTH as fit; matrices lie in it block-diagonally. 
 
 SHOOT, a program for each NC rows and a tile: lead into each chunk over `burn` positions from zero, run through it, storing results;
     record starts and ends.
-CORRECT, a program for all rows of some sequences: where each end agrees with the next start it ends. Else each row starts from the
+CORRECT, a program for all rows of some sequences: where each end agrees with the next start (or a chunk is ALONE) it ends. Else each row starts from the
     end before it, and so on: after k passes k chunks are exact. What PATIENCE passes have not brought together, or a pass hardly nearer
     (the cell does not forget), runs in order, from where it is exact if nothing is summed up over all of time; with heads APART, which
     takes several times as long, where a step is not finite: in a block-diagonal product that would spread to other heads.
@@ -128,6 +128,7 @@ def {name}_correct(
     {arguments},
     {place}, starts_ptr, ends_ptr, facts_ptr, report_ptr, CL, per, chunks, batch, tiles, parts, tol, floor, most,
     NC: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    ALONE: tl.constexpr,
 ):
     program = tl.program_id(0)
     tile = program % tiles
@@ -135,33 +136,37 @@ def {name}_correct(
     odd = 0.0
     for part in range(parts):
         odd = tl.maximum(odd, tl.load(facts_ptr + (group * parts + part) * tiles + tile))
-    bad, defect, unmet = {name}_compare(group * NC, tile, starts_ptr, ends_ptr, C, per, chunks, batch, tol, floor, NC, BD, WIDTH, WIDE)
+    bad = 0 * tile
+    defect = 0.0
     passes = 1 + 0 * tile
-    going = (bad > 0) & (odd == 0.0) & (most > 1)
     skip = 0 * tile  # zero, and no constant: one compiled function serves corrections and the pass in order
-    while going:
-        before = unmet
-        tl.debug_barrier()  # other threads wrote what is now read, and written again
-        odd = {name}_again(
-            group * NC, NC + skip, tile, group * parts, parts, skip, CL, {arguments},
-            {place}, starts_ptr, ends_ptr, CL, per, chunks, batch, 0,
-            NC, BD, WIDTH, FAST, True, WIDE, False, False, False,
-        )
-        tl.debug_barrier()
+    if not ALONE:
         bad, defect, unmet = {name}_compare(group * NC, tile, starts_ptr, ends_ptr, C, per, chunks, batch, tol, floor, NC, BD, WIDTH, WIDE)
-        passes += 1
-        going = (bad > 0) & (odd == 0.0) & (passes < most) & (passes < {patience}) & (unmet < {nearer} * before)
+        going = (bad > 0) & (odd == 0.0) & (most > 1)
+        while going:
+            before = unmet
+            tl.debug_barrier()  # other threads wrote what is now read, and written again
+            odd = {name}_again(
+                group * NC, NC + skip, tile, group * parts, parts, skip, CL, {arguments},
+                {place}, starts_ptr, ends_ptr, CL, per, chunks, batch, 0,
+                NC, BD, WIDTH, FAST, True, WIDE, False, False, False,
+            )
+            tl.debug_barrier()
+            bad, defect, unmet = {name}_compare(group * NC, tile, starts_ptr, ends_ptr, C, per, chunks, batch, tol, floor, NC, BD, WIDTH, WIDE)
+            passes += 1
+            going = (bad > 0) & (odd == 0.0) & (passes < most) & (passes < {patience}) & (unmet < {nearer} * before)
     unsolved = (bad > 0) | (odd > 0.0)
     again = unsolved & (passes < most)
     rows = NC // per + skip
-    if again & (odd == 0.0):
-        known = {known}
-        tl.debug_barrier()
-        odd = {name}_again(
-            group * rows, rows, tile, group * parts, parts, known, L - known * CL, {arguments},
-            {place}, starts_ptr, ends_ptr, CL, 1 + skip, chunks, batch, 0,
-            ROWS, BD, WIDTH, FAST, True, WIDE, False, False, False,
-        )
+    if not ALONE:
+        if again & (odd == 0.0):
+            known = {known}
+            tl.debug_barrier()
+            odd = {name}_again(
+                group * rows, rows, tile, group * parts, parts, known, L - known * CL, {arguments},
+                {place}, starts_ptr, ends_ptr, CL, 1 + skip, chunks, batch, 0,
+                ROWS, BD, WIDTH, FAST, True, WIDE, False, False, False,
+            )
     if again & (odd > 0.0):
         tl.debug_barrier()
         {name}_again(

@@ -200,7 +200,7 @@ def _launch_heads(
     shoot["num_warps"] = tiling.warps
     correct = {
         "parts": together // rows, "tol": tol, "floor": floor, "most": most or 2**30, "report_ptr": report, "NC": together,
-        "ROWS": rows, "num_warps": min(8, together // rows * tiling.warps),
+        "ALONE": chunks == 1, "ROWS": rows, "num_warps": min(8, together // rows * tiling.warps),
     }  # fmt: skip
     jobs = [(kernels[0], (blocks * tiles,), common | shoot), (kernels[1], (report[..., 0].numel(),), common | correct)]
     return _start(jobs, x, report)
