@@ -148,6 +148,14 @@ def test_the_anomaly_detector_finds_nothing(kernels):
         assert all(bool(x.isfinite().all()) for x in gradients(pair, ug, ug[:, :3, :16], None))
 
 
+def test_hooks_of_the_modules_run(kernels):
+    pair, ug, seen = Pair(16, 1).to(DEVICE), torch.randn(1, 9, 32, device=DEVICE), []
+    for module in (pair.conv, pair.norm):
+        module.register_forward_hook(lambda module, given, out: seen.append(type(module).__name__))
+    pair(ug, None, None)
+    assert seen == ["HalfConv", "GatedNorm"]
+
+
 def test_a_second_derivative_is_refused(kernels):
     pair, ug = Pair(16, 1).to(DEVICE), torch.randn(1, 9, 32, device=DEVICE, requires_grad=True)
     with pytest.raises(GradientError, match="GatedNorm was to be differentiated twice"):
