@@ -138,7 +138,8 @@ def main() -> int:
     options = parser.parse_args()
     seeds, shape = range(*map(int, options.seeds.split(":"))), tuple(options.shape)
     agreements = {}
-    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, len(seeds))) as pool:
+    processes = min(16, os.cpu_count() or 1, len(seeds))  # which share the GPU's memory
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for seed, found, wrong in pool.imap_unordered(prepare, [(s, shape) for s in seeds]):
             agreements |= {} if wrong else {seed: found}
             if wrong:

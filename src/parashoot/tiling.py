@@ -113,9 +113,7 @@ HEAD_ROWS = 16  # the least that a matrix product takes, of columns too
 # No Jacobian tells whether a lead was long enough, and a correction costs more than a longer lead.
 _HEAD_BURN = {2: 48, 4: 64}
 MOST_ROWS = 128  # chunks of a sequence of heads, which a correction holds at once
-_HEAD_FULL = (
-    8 * HEAD_ROWS
-)  # rows of a tile that a multiprocessor advances at once: some warps for each of its four parts
+_HEAD_FULL = 8 * HEAD_ROWS  # rows of a tile that a multiprocessor advances at once
 
 
 def choose_heads(

@@ -10,10 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 128  # loaded at once
-LEAST, MOST = (
-    2**18,
-    2048,
-)  # numbers, below which the launch is what costs; rows, above which several programs a column pay
+LEAST = 2**18  # numbers, below which the launch is what costs
+MOST = 2048  # rows, above which several programs a column pay
 
 
 @triton.jit(do_not_specialize=("rows",))

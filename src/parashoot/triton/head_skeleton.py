@@ -5,10 +5,11 @@ holds as many whole heads of WIDTH as fit; matrices lie in it block-diagonally. 
 
 SHOOT, a program for each NC rows and a tile: lead into each chunk over `burn` positions from zero, run through it, storing results;
     record starts and ends.
-CORRECT, a program for all rows of some sequences: where each end agrees with the next start (or a chunk is ALONE) it ends. Else each row starts from the
-    end before it, and so on: after k passes k chunks are exact. What PATIENCE passes have not brought together, or a pass hardly nearer
-    (the cell does not forget), runs in order, from where it is exact if nothing is summed up over all of time; with heads APART, which
-    takes several times as long, where a step is not finite: in a block-diagonal product that would spread to other heads.
+CORRECT, a program for all rows of some sequences: where each end agrees with the next start, or a chunk is ALONE, it ends. Else each row
+    starts from the end before it, and so on: after k passes k chunks are exact. What PATIENCE passes have not brought together, or a
+    pass hardly nearer (the cell does not forget), runs in order, from where it is exact if nothing is summed up over all of time; with
+    heads APART, which takes several times as long, where a step is not finite: in a block-diagonal product that would spread to other
+    heads.
 """
 
 from __future__ import annotations
