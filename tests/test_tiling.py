@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import parashoot as ps
 from parashoot import plan, tiling
 from parashoot.tiling import MOST_ROWS, Tiling, choose, choose_heads
+from parashoot.trace import trace_of
 
 H100 = 132  # multiprocessors
 sizes = st.integers(1, 5000)
@@ -45,6 +46,26 @@ def test_what_turns_is_cut_only_if_asked(turns, asked, chunks):
     found, reasons = choose_heads(8, 2048, 2048, 2, 1, 8, H100, asked, turns)
     assert found.cut(2048)[1] == chunks
     assert ("forget nothing" in reasons[0]) == (turns and asked is None)
+
+
+@ps.cell(structure="headwise", width=8)
+def normed(h: ps.State, x: ps.Input, R: ps.Param):
+    h = torch.tanh(torch.einsum("hij,...hj->...hi", R, h) + x)
+    return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
+
+
+@ps.cell(structure="headwise", width=8)
+def mirrored(h: ps.State, k: ps.Input):
+    return h - k * (2 * (k * h).sum(-1, keepdim=True) / ((k * k).sum(-1, keepdim=True) + 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("cell", "turns"),
+    [(normed, False), (mirrored, True), (ps.cells.headrotor, True), (ps.cells.headgru, False)],
+    ids=str,
+)
+def test_a_state_turns_if_its_length_matters_and_it_does_not_forget(cell, turns):
+    assert trace_of(cell, torch.float32, torch.device("cpu")).turns == turns
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,11 @@ class Graph:
                 moving.add(name)
         return False
 
+    @property
+    def sums(self) -> bool:
+        """Whether it sums over the channels of heads."""
+        return any(op == "total" for op, _ in self.ops.values())
+
     def instructions(self) -> int:
         """Roughly how many machine instructions of a GPU it takes."""
         return sum(_INSTRUCTIONS.get(op, 1) for op, _ in self.ops.values())

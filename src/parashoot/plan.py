@@ -123,7 +123,7 @@ def make_plan(
     foreign: tuple[str, ...], digest: str, turns: bool,
 ) -> Plan:  # fmt: skip
     """The plan for x of `x_shape` (B, T, G, C); `ops`: operations of a step and of its Jacobian, machine instructions of its
-    adjoint; `foreign` those operations that have no kernel expression; `digest` the cell's; `turns`: whether it sums over a head."""
+    adjoint; `foreign` those operations that have no kernel expression; `digest` the cell's; `turns` as in `Trace`."""
     batch, time, _, channels = x_shape
     obstacle = no_kernel(cell, dtype, device, solver, foreign)
     if obstacle is None:

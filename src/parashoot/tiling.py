@@ -131,7 +131,7 @@ def choose_heads(
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     elif turns:
-        chunks, reasons = 1, ["one chunk: a step that sums over its heads turns their states, which forget nothing"]
+        chunks, reasons = 1, ["one chunk: the step turns the states of its heads, which forget nothing"]
     else:
         chunks, reasons = _chunks(batch * tiles, "tiles of heads", time, unroll, processors * _HEAD_FULL, burn)
     if chunks > MOST_ROWS:

@@ -48,6 +48,7 @@ class Trace:
     - `graph`, the canonical graph of the new states and, channelwise, the Jacobian's rows; `adjoint`, of the cotangents of states,
       inputs and params. None for a dense step, and for a headwise one that has no such graph: `obstacle` names the operation.
     - `pairs`: how many outer products g v^T each parameter's cotangent is a sum of, given as g and v each; None for a vector.
+    - `turns`: the step sums over its heads, as for lengths and projections, and turns its state without forgetting it.
     """
 
     digest: str
@@ -60,6 +61,7 @@ class Trace:
     pull: Callable[[Tensors, Tensors, Tensors, Tensors], list[Tensor]]
     pairs: tuple[int | None, ...] = ()
     obstacle: str | None = None
+    turns: bool = False
 
     @functools.cached_property
     def foreign(self) -> tuple[str, ...]:
@@ -75,11 +77,6 @@ class Trace:
         return 0 if self.adjoint is None else self.adjoint.instructions()
 
     @functools.cached_property
-    def turns(self) -> bool:
-        """Whether the step sums over its heads, as for lengths and projections: it may then turn a state without end, and forget nothing."""
-        return self.adjoint is not None and any(op == "total" for op, _ in self.adjoint.ops.values())
-
-    @functools.cached_property
     def _kinked(self) -> bool:
         adjoint = self.adjoint
         return adjoint is not None and adjoint.compares(name for name in adjoint.inputs if name[0] == "h")
@@ -88,9 +85,9 @@ class Trace:
         """Whether kernels keep states for backward, or find the one there is in y.
 
         A `dtype` shorter than what they compute in will not do where the step compares its state, for the rounding may lie beyond, nor where
-        it turns it: roundings add up.
+        it sums over a head, as for a length: what turns adds up its roundings.
         """
-        return slots > 1 or (dtype.itemsize < 4 and (self._kinked or self.turns))
+        return slots > 1 or (dtype.itemsize < 4 and (self._kinked or (self.adjoint is not None and self.adjoint.sums)))
 
     @property
     def number(self) -> float:
@@ -300,13 +297,15 @@ def _trace_matrix(
 
     text = f"{cell.structure},{feature},{cell.output}\n{fx.graph}"
     ops = sum(n.op == "call_function" for n in fx.graph.nodes)
-    canonical = _head_graphs(cell, shapes) if cell.structure == "headwise" else (None, None, (), None)
-    graph, adjoint, pairs, obstacle = canonical
-    return Trace(_digest(text), max(1, ops // 4), ops * k, graph, adjoint, jacobian, vjp, pull, pairs, obstacle)
+    canonical = _head_graphs(cell, shapes) if cell.structure == "headwise" else (None, None, (), None, False)
+    graph, adjoint, pairs, obstacle, turns = canonical
+    return Trace(_digest(text), max(1, ops // 4), ops * k, graph, adjoint, jacobian, vjp, pull, pairs, obstacle, turns)
 
 
-def _head_graphs(cell: Cell, shapes: tuple) -> tuple[Graph | None, Graph | None, tuple[int | None, ...], str | None]:
-    """`graph`, `adjoint`, `pairs` and `obstacle` of a headwise trace; they depend on no size but the width."""
+def _head_graphs(
+    cell: Cell, shapes: tuple
+) -> tuple[Graph | None, Graph | None, tuple[int | None, ...], str | None, bool]:
+    """`graph`, `adjoint`, `pairs`, `obstacle` and `turns` of a headwise trace; they depend on no size but the width."""
     slots, inputs, width = len(cell.states), len(cell.inputs), cell.width or 1
     rows, heads = [p for p in (7, 11, 13, 17, 19) if p != width and width % (7 * p)][:2]
     moving = (rows, heads, width)
@@ -323,7 +322,8 @@ def _head_graphs(cell: Cell, shapes: tuple) -> tuple[Graph | None, Graph | None,
         outputs = [*names[:slots], *names[: len(names) - slots]]
         whole, pairs = heads_from_fx(fx, names, Sizes(rows, heads, width), matrices, outputs)
     except Exception as e:  # PyTorch still runs what has no such graph
-        return None, None, (), e.args[0] if isinstance(e, UnknownOperation) else f"what ends as {type(e).__name__}"
+        why = e.args[0] if isinstance(e, UnknownOperation) else f"what ends as {type(e).__name__}"
+        return None, None, (), why, False
     found = iter(_filled(v, values[0]) for v in whole.compile(torch.float64)(*values))
     for want, count in zip(fx(*values), pairs, strict=True):
         if count is None:
@@ -334,9 +334,28 @@ def _head_graphs(cell: Cell, shapes: tuple) -> tuple[Graph | None, Graph | None,
                 (torch.einsum("rhi,rhj->hij", next(found), next(found)) for _ in range(count)), values[0].new_zeros(())
             )
         if want is not None and not torch.allclose(got, want):
-            return None, None, (), "a canonical graph that computes something else"
-    adjoint = whole.select(range(slots, len(whole.outputs)))
-    return whole.select(range(slots)), adjoint, tuple(pairs[2 * slots + inputs :]), None
+            return None, None, (), "a canonical graph that computes something else", False
+    graph, adjoint = whole.select(range(slots)), whole.select(range(slots, len(whole.outputs)))
+    turns = graph.sums and _remembers(graph, values[: slots + inputs + len(shapes)], slots, inputs)
+    return graph, adjoint, tuple(pairs[2 * slots + inputs :]), None, turns
+
+
+def _remembers(graph: Graph, like: list[Tensor], slots: int, inputs: int) -> bool:
+    """Whether a small difference of states is still there, by a tenth, after 64 steps on random inputs: about as many as kernels lead in over."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda v: torch.randn(v.shape, generator=generator, dtype=v.dtype)
+    run, moving = graph.compile(torch.float64), slots + inputs
+    params = [0.5 * draw(v) / (v.shape[-1] ** 0.5 if v.shape[-1] == v.shape[-2] else 1.0) for v in like[moving:]]
+    one = [draw(v) for v in like[:slots]]
+    other = [v + 1e-6 * draw(v) for v in one]
+    apart = lambda: sum(float((v - u).square().sum()) for u, v in zip(one, other, strict=True)) ** 0.5
+    first = apart()
+    for _ in range(64):
+        xs = [draw(v) for v in like[slots:moving]]
+        one, other = (
+            [_filled(v, like[0]) for v in run(*states, *xs, *params, *[None] * slots)] for states in (one, other)
+        )
+    return apart() > 0.1 * first
 
 
 def _outputs_only(fx: torch.fx.GraphModule, keep: list[int]) -> torch.fx.GraphModule:
