@@ -209,6 +209,13 @@ def test_render_replaces_only_its_block(tiny, monkeypatch):
     assert Path("tiny.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_cases_by_a_part_of_their_names(tiny, capsys):
+    every = [str(case) for case in SUITES["tiny"].cases]
+    assert main(["bench", "tiny", "--repeats", "3", "--contestants", "loop", "--cases", every[1]]) == 0
+    assert [row["case"] for row in rows_of(tiny)] == [name for name in every if every[1] in name]
+    assert "[1/1, " in capsys.readouterr().out
+
+
 def test_wrong_uses_are_one_line(tiny, capsys):
     def fails(*arguments: str) -> str:
         capsys.readouterr()
@@ -219,6 +226,7 @@ def test_wrong_uses_are_one_line(tiny, capsys):
 
     assert "quick, table, peers" in fails("quack")
     assert "scan-triton" in fails("tiny", "--contestants", "scan-triton,lop")
+    assert "gru fp32 2 x 24 x 8" in fails("tiny", "--cases", "gruu")
     assert "--repeats" in fails("tiny", "--repeats", "1")
     assert "--minutes" in fails("tiny", "--minutes", "0")
     assert "--device" in fails("tiny", "--device", "abacus")

@@ -154,6 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--out", default="bench.jsonl", metavar="FILE", help="rows are added here (default: bench.jsonl)"
     )
+    bench.add_argument(
+        "--cases", default="", metavar="TEXT", help="only cases with this in their names: 'bf16 8 x 2048'"
+    )
     bench.add_argument("--contestants", metavar="A,B", help="only these, instead of the suite's own")
     bench.add_argument("--repeats", type=int, default=20, metavar="N", help="samples of each time (default: 20)")
     bench.add_argument("--minutes", type=float, default=float("inf"), metavar="X", help="begin nothing after that long")
@@ -382,7 +385,7 @@ def _bench(options: argparse.Namespace) -> int:
         return render(Path(options.render), Path(options.readme))
     return run(
         options.suites, Path(options.out), device=options.device, contestants=options.contestants, repeats=options.repeats,
-        minutes=options.minutes, commit=options.commit,
+        minutes=options.minutes, commit=options.commit, cases=options.cases,
     )  # fmt: skip
 
 

@@ -100,15 +100,19 @@ def measure(
 
 def run(
     names: Sequence[str], out: Path, *, device: str | None = None, contestants: str | None = None, repeats: int = 20,
-    minutes: float = math.inf, commit: str | None = None,
+    minutes: float = math.inf, commit: str | None = None, cases: str = "",
 ) -> int:  # fmt: skip
-    """Measure the suites called `names`, appending rows to `out` case by case; exit code 0, or 130 if interrupted."""
+    """Measure the suites called `names`, those of their cases that have `cases` in their names, appending rows to `out` case by case;
+    exit code 0, or 130 if interrupted."""
     suites = {name: _find(SUITES, name, "SUITE") for name in names or ("quick",)}
     only = [_find(CONTESTANTS, name, "--contestants").name for name in contestants.split(",")] if contestants else None
     if repeats < 3:
         bad_value("--repeats", str(repeats), "an integer >= 3")
     if not minutes > 0:
         bad_value("--minutes", str(minutes), "a number > 0")
+    known = [str(case) for suite in suites.values() for case in suite.cases]
+    if not any(cases in name for name in known):
+        bad_value("--cases", repr(cases), f"a part of the name of one of: {', '.join(known)}")
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     place, begun = torch.device(_find({k: k for k in kinds}, device or kinds[-1], "--device")), time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +120,7 @@ def run(
     facts = {**results.facts(place, commit), "copy_gb_s": bandwidth / 1e9}
     print(f"{facts['device']}, commit {facts['commit']}, copies at {facts['copy_gb_s']:.0f} GB/s", flush=True)
     plan = [(name, case, only or suite.contestants) for name, suite in suites.items() for case in suite.cases]
+    plan = [entry for entry in plan if cases in str(entry[1])]
     written, interrupted = [], False
     torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32 for everyone
     for number, (name, case, asked) in enumerate(plan):
