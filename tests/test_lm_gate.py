@@ -11,7 +11,7 @@ from torch import Tensor
 from lm_models import TINY
 from oracle import random_resets, relative
 from parashoot.errors import GradientError
-from parashoot.lm.block import Block
+from parashoot.lm.block import Block, Recurrence
 from parashoot.lm.conv import CausalConv, causal_conv_backward, shifted_products
 from parashoot.lm.gate import GatedNorm, HalfConv, gated_norm, gated_norm_backward
 
@@ -149,10 +149,10 @@ def test_the_anomaly_detector_finds_nothing(kernels):
 
 
 def test_hooks_of_the_modules_run(kernels):
-    pair, ug, seen = Pair(16, 1).to(DEVICE), torch.randn(1, 9, 32, device=DEVICE), []
-    for module in (pair.conv, pair.norm):
+    mixer, seen = Recurrence(TINY).to(DEVICE), []
+    for module in (mixer.conv, mixer.norm):
         module.register_forward_hook(lambda module, given, out: seen.append(type(module).__name__))
-    pair(ug, None, None)
+    mixer(torch.randn(1, 9, TINY.hidden_size, device=DEVICE), None, None)
     assert seen == ["HalfConv", "GatedNorm"]
 
 

@@ -264,8 +264,9 @@ def _kernel_plan(
     if cell.width is None:
         tiling, reasons = choose(batch, time, channels, dtype.itemsize, slots, instructions, processors, asked)
     else:
-        sizes_of_heads = (batch, time, channels, dtype.itemsize, slots, cell.width)
-        tiling, reasons = choose_heads(*sizes_of_heads, processors, asked, turns)
+        tiling, reasons = choose_heads(
+            batch, time, channels, dtype.itemsize, slots, cell.width, processors, asked, turns
+        )
     measured = tuned(device).get(str((digest, str(dtype), *x_shape))) if asked is None else None
     if measured is not None and measured.unroll == tiling.unroll:  # saved states stand at multiples of it
         tiling, reasons = measured, (f"{measured.chunks} chunks: the fastest that ps.tune measured on this device",)

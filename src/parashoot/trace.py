@@ -87,7 +87,7 @@ class Trace:
         A `dtype` shorter than what they compute in will not do where the step compares its state, for the rounding may lie beyond, nor where
         it sums over a head, as for a length: what turns adds up its roundings.
         """
-        return slots > 1 or (dtype.itemsize < 4 and (self._kinked or (self.adjoint is not None and self.adjoint.sums)))
+        return slots > 1 or (dtype.itemsize < 4 and (self._kinked or (self.graph is not None and self.graph.sums)))
 
     @property
     def number(self) -> float:

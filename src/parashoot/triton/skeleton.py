@@ -22,9 +22,7 @@ from collections.abc import Mapping, Sequence
 
 PLACE = "T0, DIR, LO, L, C"  # position q lies at time T0 + q DIR
 PATIENCE = 3  # passes before a program goes through its channels in order
-NEARER = (
-    0.25  # what a pass without Jacobians may leave of the defects, if another is to follow: as in solve/shooting.py
-)
+NEARER = 0.25  # what a pass without Jacobians may leave of the defects before another; as in solve/shooting.py
 
 _HEAD = """
     tile = program % tiles
