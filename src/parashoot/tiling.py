@@ -88,7 +88,7 @@ def choose(
     full *= 2 if deep or (not short and not light and slots <= 2) else 1
     columns = WIDEST if wide else max(16, min(64 if short else 32, 1 << (channels - 1).bit_length()))
     burn = _PROBE if short and long else _BURN[itemsize]
-    ahead = short and (light and slots == 2 if slots <= 2 else not wide)
+    ahead = short and (light if slots == 2 else slots > 2 and not wide)
     stages = _AHEAD if ahead else stages_for(slots)
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
