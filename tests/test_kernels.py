@@ -126,6 +126,28 @@ def test_a_guess_that_nothing_proves_takes_a_second_pass(tiling):
 
 
 @ps.cell
+def halving(h: ps.State, x: ps.Input):
+    return 0.5 * h + x
+
+
+def test_the_tolerance_of_gradients_is_relative_to_them_between_chunks_too(tiling, monkeypatch):
+    """Gradients near 1 that happen to be near 0 where chunks end: what a lead leaves is compared with the former."""
+    from parashoot.triton import runtime
+
+    tiling(Tiling(8, 1, 2, 2, 2, 24, 8, 8))
+    reports, jobs = [], runtime._jobs
+    monkeypatch.setattr(runtime, "_jobs", lambda *given: reports.append(jobs(*given)) or reports[-1])
+    carries = 1.0 + torch.rand(1, 64, 8)  # v <- 0.5 (v + dy), from the last position on
+    carries[:, 31::32] *= 1e-4
+    before = torch.cat([torch.zeros(1, 1, 8), carries[:, :-1]], 1)
+    x, dy = moved(torch.zeros(1, 64, 1, 8), (2 * carries - before).flip(1))
+    x.requires_grad_()
+    ps.scan(halving, x, solver=KERNEL)[0].backward(dy)
+    assert float((x.grad[:, :, 0].cpu() - 2 * carries.flip(1)).abs().max()) < 1e-6
+    assert [float(report[..., 0].max()) for _, report in reports] == [1, 1]
+
+
+@ps.cell
 def logistic(h: ps.State, x: ps.Input):
     return 3.9 * h * (1.0 - h) + 0.0 * x
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import linecache
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..cell import Cell, gradient_like, sizes
 from ..tiling import HEAD_ROWS, Tiling, stages_for, unroll_for
 from ..trace import Trace
 from .add_rows import add_rows
+from .compiling import Job, compile_together
 from .sweep import Source, backward, decode, forward, source_of
 
 
@@ -64,8 +65,21 @@ def run_forward(
         saved = x.new_empty(batch, groups, made.slots, channels, dtype=torch.float32)
         given |= {"saved_ptr": saved, "groups": groups}
     place = {"T0": time - 1, "DIR": -1, "LO": 0, "L": time} if reverse else {"T0": 0, "DIR": 1, "LO": 0, "L": time}
-    facts = _launch(load(made, "forward"), made, given, place, x, tiling, tol, 1.0, most)
-    return y, h_n, saved, facts
+    jobs, facts = _jobs(load(made, "forward"), made, given, place, x, tiling, tol, 1.0, most)
+    like = functools.partial(_backward_like, cell, found, tiling, x, params, h0, reset, y, saved, reverse)
+    _start(jobs, x, like if save else None)
+    return y, h_n, saved, facts.view(-1, 3)
+
+
+def _backward_like(
+    cell: Cell, found: Trace, tiling: Tiling, x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, y: Tensor,
+    saved: Tensor, reverse: bool,
+) -> list[Job]:  # fmt: skip
+    """The launches that a backward pass will make, on tensors without memory: enough to compile by."""
+    like = lambda v: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta")
+    dy, start, given, weights = like(y), like(h0), like(x), [like(p) for p in params]
+    cut, states = None if reset is None else like(reset), like(saved if saved.dim() > 1 else y)
+    return _backward_jobs(cell, found, tiling, dy, start, given, weights, start, cut, states, reverse, 0.0)[0]
 
 
 def run_backward(
@@ -73,6 +87,17 @@ def run_backward(
     reset: Tensor | None, states: Tensor, reverse: bool, tol: float,
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
     """(dx, dparams, dh0): `states` are those saved or, where none are, y (B, T, 1, C); dy (B, T, O, C)."""
+    jobs, dx, sums, dh0 = _backward_jobs(cell, found, tiling, dy, dh_n, x, params, h0, reset, states, reverse, tol)
+    _start(jobs, x)
+    summed = add_rows(sums).split([p.numel() for p in params])
+    return dx, [g.view(p.shape).to(p.dtype) for g, p in zip(summed, params, strict=True)], dh0
+
+
+def _backward_jobs(
+    cell: Cell, found: Trace, tiling: Tiling, dy: Tensor, dh_n: Tensor, x: Tensor, params: list[Tensor], h0: Tensor,
+    reset: Tensor | None, states: Tensor, reverse: bool, tol: float,
+) -> tuple[list[Job], Tensor, Tensor, Tensor]:  # fmt: skip
+    """The launches, and where they write dx, partial sums of dparams, and dh0."""
     batch, time, _, _ = sizes(x)
     kept = found.keeps_states(len(cell.states), x.dtype)
     made = source_of(found, cell, tiling.unroll, tiling.stages, dy.shape[2] > 1, reset is not None, kept)
@@ -103,9 +128,9 @@ def run_backward(
     else:
         given |= {"saved_ptr": states, "groups": states.shape[1]}
     place = {"T0": time - end, "DIR": 1} if reverse else {"T0": end - 1, "DIR": -1}
-    _launch(load(made, "backward"), made, given, place | {"LO": end - time, "L": end}, x, tiling, tol, 0.0, None)
-    summed = add_rows(sums).split([p.numel() for p in params])
-    return dx, [g.view(p.shape).to(p.dtype) for g, p in zip(summed, params, strict=True)], dh0
+    place |= {"LO": end - time, "L": end}
+    jobs, _ = _jobs(load(made, "backward"), made, given, place, x, tiling, tol, 0.0, None)
+    return jobs, dx, sums, dh0
 
 
 def run_decode(cell: Cell, found: Trace, state: Tensor, inputs: Tensor, params: list[Tensor], out: Tensor) -> None:
@@ -127,12 +152,13 @@ def run_decode(cell: Cell, found: Trace, state: Tensor, inputs: Tensor, params: 
     torch.autograd.graph.increment_version(out)
 
 
-def _launch(
+def _jobs(
     kernels: tuple[Any, Any], made: Source, given: dict[str, Any], place: dict[str, int], x: Tensor, tiling: Tiling, tol: float,
     floor: float, most: int | None,
-) -> Tensor:  # fmt: skip
+) -> tuple[list[Job], Tensor]:  # fmt: skip
+    """One launch or two, and where they report passes, defect and what is unsolved."""
     if made.width is not None:
-        return _launch_heads(kernels, made, given, place, x, tiling, tol, floor, most)
+        return _jobs_for_heads(kernels, made, given, place, x, tiling, tol, floor, most)
     batch, _, _, channels = sizes(x)
     length, columns = place["L"], tiling.columns
     each, chunks = tiling.cut(length)
@@ -150,7 +176,7 @@ def _launch(
         "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, 16 * tiling.burn),
         "BD": columns, "ALONE": chunks == 1, "MASKED": ragged(columns, chunks * each), "num_warps": tiling.warps,
     }  # fmt: skip
-    jobs = [(kernels[0], (tiles * chunks * batch,), common | shoot)]
+    jobs: list[Job] = [(kernels[0], (tiles * chunks * batch,), common | shoot)]
     report = facts
     if chunks > 1:
         narrow = min(tiling.narrow, columns)
@@ -166,7 +192,7 @@ def _launch(
             "MASKED": used != rows or ragged(narrow, used * ratio * snap), "num_warps": max(1, min(8, rows * narrow // carries)),
         }  # fmt: skip
         jobs.append((kernels[1], (narrow_tiles * batch,), common | correct))
-    return _start(jobs, x, report)
+    return jobs, report
 
 
 def _head_rows(batch: int, chunks: int) -> tuple[int, int, int, int]:
@@ -176,10 +202,10 @@ def _head_rows(batch: int, chunks: int) -> tuple[int, int, int, int]:
     return each, rows, together, -(-batch * each // together) * (together // rows)
 
 
-def _launch_heads(
+def _jobs_for_heads(
     kernels: tuple[Any, Any], made: Source, given: dict[str, Any], place: dict[str, int], x: Tensor, tiling: Tiling, tol: float,
     floor: float, most: int | None,
-) -> Tensor:  # fmt: skip
+) -> tuple[list[Job], Tensor]:  # fmt: skip
     assert made.width is not None
     batch, _, _, channels = sizes(x)
     each, chunks = tiling.cut(place["L"])
@@ -202,41 +228,27 @@ def _launch_heads(
         "parts": together // rows, "tol": tol, "floor": floor, "most": most or 2**30, "report_ptr": report, "NC": together,
         "ALONE": chunks == 1, "ROWS": rows, "num_warps": min(8, together // rows * tiling.warps),
     }  # fmt: skip
-    jobs = [(kernels[0], (blocks * tiles,), common | shoot), (kernels[1], (report[..., 0].numel(),), common | correct)]
-    return _start(jobs, x, report)
+    jobs: list[Job] = [
+        (kernels[0], (blocks * tiles,), common | shoot),
+        (kernels[1], (report[..., 0].numel(),), common | correct),
+    ]
+    return jobs, report
 
 
 def _modes(given: dict[str, Any], x: Tensor) -> dict[str, Any]:
     wide = any(_extent(given[n]) >= 2**31 for n in _FAR & given.keys())
-    return {"width": x.shape[-1], "FAST": x.dtype == torch.bfloat16 and x.is_cuda, "WIDE": wide}
+    return {"width": x.shape[-1], "FAST": x.dtype == torch.bfloat16 and x.device.type != "cpu", "WIDE": wide}
 
 
-def _start(jobs: list[tuple[Any, tuple, dict[str, Any]]], x: Tensor, report: Tensor) -> Tensor:
+def _start(jobs: list[Job], x: Tensor, follow: Callable[[], list[Job]] | None = None) -> None:
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        _compile_together(jobs, x)
+        if x.is_cuda:
+            compile_together(jobs, x, follow)
         for kernel, grid, arguments in jobs:
             kernel[grid](**arguments)
-    return report.view(-1, 3)
 
 
 _FAR = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr"}  # what is addressed by strides within a sequence
-_CONSTANTS = {"BD", "NC", "SPAN", "FAST", "MASKED", "ALONE", "WIDE", "ROWS", "WIDTH"}  # lengths compile nothing new
-_compiled: set[tuple] = set()
-
-
-def _compile_together(jobs: list[tuple[Any, tuple, dict[str, Any]]], x: Tensor) -> None:
-    """Compile a new pair of kernels at the same time: most of the compiler runs outside Python's lock."""
-    constants = tuple(tuple(v for k, v in arguments.items() if k in _CONSTANTS) for _, _, arguments in jobs)
-    key = (*(id(kernel) for kernel, _, _ in jobs), constants, x.dtype, x.device)
-    if x.is_cuda and len(jobs) > 1 and key not in _compiled and not torch.cuda.is_current_stream_capturing():
-        _compiled.add(key)
-
-        def compile_one(job: tuple[Any, tuple, dict[str, Any]]) -> None:
-            with torch.cuda.device(x.device):
-                job[0].warmup(**job[2], grid=job[1])
-
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            list(pool.map(compile_one, jobs))
 
 
 def _in_heads(x: Tensor) -> Tensor:

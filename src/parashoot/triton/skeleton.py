@@ -141,12 +141,12 @@ def {name}_correct(
         joined = there & (at < records)
         end = (b * {S} * parts + at // sub - 1) * C + col
         $o{i} = tl.load(ends_ptr + end + {i} * parts * C, mask=there, other=0.0)$
-        $s{i} = tl.load(starts_ptr + mark + ({i} * records + k + 1) * C, mask=joined, other=0.0)$
+        $s{i} = tl.load(starts_ptr + mark + ({i} * records + k + 1) * C, mask=live & (at < records), other=0.0)$
         flag = tl.load(fact + (at // sub - 1) * ((tiles + SPAN - 1) // SPAN) * 3 + 0 * col, mask=there, other=0.0)
         unsettled = tl.maximum(unsettled, flag)
         $d{i} = tl.where(joined, tl.abs(difference(o{i}, s{i})), 0.0)$
         $r{i} = tl.maximum(r{i}, tl.where(d{i} < 1e38, d{i}, 1e38))$
-        $z{i} = tl.maximum(z{i}, tl.abs(finite(o{i}, 1e30)))$
+        $z{i} = tl.maximum(z{i}, tl.maximum(tl.abs(finite(o{i}, 1e30)), tl.abs(finite(s{i}, 1e30))))$
     $z{i} = tl.maximum(tl.max(z{i}, 0)[None, :], floor)$
     bad = {apart}
     going = (tl.max(tl.max((bad & inside).to(tl.int32), 1), 0) > 0) | (tl.max(tl.max(unsettled, 1), 0) > 0)

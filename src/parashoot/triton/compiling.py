@@ -1,0 +1,56 @@
+"""When kernels are compiled: those of one pass at the same time, and those of the backward pass while the forward pass begins."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Job = tuple[Any, tuple[int, ...], dict[str, Any]]  # a kernel, its grid, its arguments
+
+_CONSTANTS = {"BD", "NC", "SPAN", "FAST", "MASKED", "ALONE", "WIDE", "ROWS", "WIDTH"}  # lengths compile nothing new
+# Before 3.12 garbage is collected inside Python's parser, which lets in another thread that parses, and fails (cpython gh-106905).
+THREADS = sys.version_info >= (3, 12)
+_compiled: set[tuple] = set()
+_begun: dict[tuple, list[Future]] = {}
+
+
+def compile_together(jobs: list[Job], x: Tensor, follow: Callable[[], list[Job]] | None = None) -> None:
+    """Compile what is new among kernels to launch on the GPU of x, and begin with those that are to `follow`.
+
+    Their tensors may be on the device "meta". Most of the compiler runs outside Python's lock.
+    """
+    key = _key(jobs, x)
+    if key in _compiled:
+        return
+    for future in _begun.pop(key, []):
+        future.exception()  # waits; what failed is compiled again, where the error is seen
+    if not THREADS or torch.cuda.is_current_stream_capturing():
+        return  # each compiles when it is launched
+    _compiled.add(key)
+    if follow is not None and (later := _key(made := follow(), x)) not in _compiled and later not in _begun:
+        _begun[later] = _begin(made, x.device)
+    if len(jobs) > 1:
+        for future in _begin(jobs, x.device):
+            future.result()
+
+
+def _key(jobs: list[Job], x: Tensor) -> tuple:
+    constants = tuple(tuple(v for k, v in arguments.items() if k in _CONSTANTS) for _, _, arguments in jobs)
+    return (*(id(kernel) for kernel, _, _ in jobs), constants, x.dtype, x.device)
+
+
+def _begin(jobs: list[Job], device: torch.device) -> list[Future]:
+    def compile_one(job: Job) -> None:
+        kernel, grid, arguments = job
+        with torch.cuda.device(device):
+            kernel.warmup(**arguments, grid=grid)
+
+    pool = ThreadPoolExecutor(len(jobs))
+    futures = [pool.submit(compile_one, job) for job in jobs]
+    pool.shutdown(wait=False)
+    return futures

@@ -1,0 +1,87 @@
+"""When kernels are compiled: what is compiled ahead is what will run; errors are seen where they belong."""
+
+import contextlib
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import parashoot as ps
+from oracle import random_problem, random_resets
+from parashoot.tiling import Tiling
+
+pytest.importorskip("triton")
+from parashoot.triton import compiling, runtime
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+KERNEL = ps.MultipleShooting(backend="triton")
+
+
+def signature(jobs: list[compiling.Job]) -> list[tuple]:
+    """What Triton compiles by: kernels, dtypes of tensors, types of numbers and values of integers."""
+    seen = lambda v: v.dtype if isinstance(v, Tensor) else (type(v), None if isinstance(v, float) else v)
+    return [(id(kernel), grid, {k: seen(v) for k, v in arguments.items()}) for kernel, grid, arguments in jobs]
+
+
+@pytest.mark.parametrize("chunks", [1, 5])
+@pytest.mark.parametrize("reset", [False, True], ids=["", "reset"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
+@pytest.mark.parametrize("all_states", [False, True], ids=["", "states"])
+@pytest.mark.parametrize("name", ["mingru", "gru", "lstm", "headgru"])
+def test_what_is_compiled_ahead_is_what_backward_runs(name, all_states, reverse, reset, chunks, tiling, monkeypatch):
+    tiling(Tiling(16 if name == "headgru" else 8, 1, 2, 2, chunks, 4, 8, 8))
+    cell, expected, started = getattr(ps.cells, name), [], []
+
+    def record(jobs, x, follow=None):  # and run nothing
+        started.append(jobs)
+        if follow is not None:
+            expected.append(follow())
+
+    monkeypatch.setattr(runtime, "_start", record)
+    x, params, h0 = random_problem(cell, 2, 40, 16, dtype=torch.float32)
+    given = [v.to(DEVICE).requires_grad_() for v in (x, h0, *params)]
+    cut = random_resets(2, 40, share=0.1).to(DEVICE) if reset else None
+    options = {"reset": cut, "reverse": reverse, "return_states": all_states, "solver": KERNEL}
+    y, _ = ps.scan(cell, given[0], tuple(given[2:]) or None, given[1], **options)
+    y.backward(torch.randn_like(y))
+    assert len(started) == 2 and len(expected) == 1
+    assert signature(expected[0]) == signature(started[1])
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """Threads whatever the version of Python, no GPU asked, nothing compiled before."""
+    monkeypatch.setattr(compiling, "THREADS", True)
+    monkeypatch.setattr(compiling, "_compiled", set())
+    monkeypatch.setattr(compiling, "_begun", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+def job(warmup) -> compiling.Job:
+    return SimpleNamespace(warmup=lambda **given: warmup()), (1,), {"BD": 8}
+
+
+def test_what_follows_is_begun_before_and_waited_for_when_its_turn_comes(anywhere):
+    x, go, events = torch.zeros(1), threading.Event(), []
+    slow = [job(lambda: (go.wait(10), events.append("slow")))]
+    pair = [job(lambda: events.append("pair")), job(lambda: events.append("pair"))]
+    compiling.compile_together(pair, x, lambda: slow)
+    assert events == ["pair", "pair"]
+    compiling.compile_together(pair, x, lambda: pytest.fail("it was begun already"))
+    threading.Timer(0.05, go.set).start()
+    compiling.compile_together(slow, x)
+    assert events == ["pair", "pair", "slow"]
+
+
+def test_what_fails_ahead_fails_again_where_it_is_needed(anywhere):
+    def broken():
+        raise ValueError("no such register")
+
+    x, pair = torch.zeros(1), [job(broken), job(broken)]
+    compiling.compile_together([job(lambda: None)], x, lambda: pair)
+    with pytest.raises(ValueError, match="no such register"):
+        compiling.compile_together(pair, x)
