@@ -179,15 +179,26 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tens
 def flashrnn(case: Case, device: torch.device) -> Entry:
     """FlashRNN's sequential LSTM in dense heads of `SMALL_HEAD`, by its Triton kernels (CUDA ones need nvcc), made to compile."""
     run = _package("flashrnn", "flashrnn").flashrnn
-    _package("flashrnn.flashrnn.triton_fused.lstm_bw", "flashrnn").triton_tanh = _package(
-        f"{__package__}.repaired", "triton"
-    ).tanh
+    _package("flashrnn.flashrnn.triton_fused.lstm_bw", "flashrnn").triton_tanh = tanh_of_short_types()
     draw, heads = _draw(case, device), (case.channels // SMALL_HEAD, SMALL_HEAD)
     x, b = draw(case.batch, case.time, 4, *heads), draw(4, *heads)
     w = draw(4, *heads, SMALL_HEAD) * case.sigma * SMALL_HEAD**-0.5
     forward = lambda x: run(x, w, b, function="lstm", backend="triton_fused", dtype=case.dtype)[0][0]
     pick = lambda tensors: [tensors[0][:SEQUENCES, :STEPS, :, :1], *(v[:, :1] for v in tensors[1:])]
     return Entry((x,), (w, b), forward, Truth(head_lstm, (x, w, b), lambda y: y[:SEQUENCES, :STEPS, :1], pick))
+
+
+def tanh_of_short_types() -> Any:
+    """tanh for kernels in Triton that take the exponential of bfloat16, which Triton 3.6 refuses: in float32."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def tanh(x):
+        e = tl.exp(-2.0 * x.to(tl.float32))
+        return (1.0 - e) / (1.0 + e)
+
+    return tanh
 
 
 def head_lstm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
