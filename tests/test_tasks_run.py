@@ -124,6 +124,19 @@ def test_an_initial_bias_is_added_to_the_gates_of_all_layers(model):
         assert added.equal(torch.tensor([0.0, -2.0, 0.5])[:, None].expand(3, 8))  # z, r, c
 
 
+def test_initial_recurrent_numbers_are_added_to_the_parameters_of_all_layers():
+    sizes = {"hidden_size": 8, "num_layers": 2, "num_heads": 1, "recurrent_clip": None, "solver": "parallel"}
+    made = []
+    for numbers in (None, {"a_c": 0.5, "a_z": -2.0}):
+        torch.manual_seed(0)
+        made.append(build_model("cell:gru", 10, **sizes, initial_recurrent=numbers).state_dict())
+    changed = {name for name in made[0] if not made[0][name].equal(made[1][name])}
+    assert changed == {"rnn.weight_hh_l0", "rnn.weight_hh_l1"}
+    for name in changed:
+        want = torch.tensor([-2.0, 0.0, 0.5])[:, None].expand(3, 8)  # a_z, a_r, a_c
+        assert torch.allclose(made[1][name] - made[0][name], want)
+
+
 def test_an_evaluation_does_not_depend_on_its_batches(monkeypatch):
     trial = Trial("parity", "cell:gru", **TINY)
     model = build_model("cell:gru", 2, hidden_size=8, num_layers=1, num_heads=1, recurrent_clip=None, solver="parallel")
@@ -297,6 +310,10 @@ def test_the_suites_are_well_formed():
             "initial_bias: got 'z'; expected one of none",
         ),
         ({"task": "parity", "model": "cell:gru", "initial_bias": {"z": math.nan}}, "initial_bias of z: got nan"),
+        (
+            {"task": "parity", "model": "cell:headgru", "initial_recurrent": {"R_z": 3}},
+            "initial_recurrent: got 'R_z'; expected one of none, the vectors of parameters of cell:headgru",
+        ),
         ({"task": "parity", "model": "cell:gru", "solver": "fast"}, "solver: got 'fast'"),
         ({"task": "parity", "model": "cell:gru", "shortest": 3}, "option of parity: got 'shortest'"),
         ({"task": "parity", "model": "cell:gru", "test_lengths": []}, "test_lengths: got []"),

@@ -49,13 +49,14 @@ def parts(name: str) -> tuple[str, str]:
 
 def build_model(
     name: str, vocab_size: int, *, hidden_size: int, num_layers: int, num_heads: int, recurrent_clip: float | None,
-    solver: str, initial_bias: dict[str, float] | None = None,
+    solver: str, initial_bias: dict[str, float] | None = None, initial_recurrent: dict[str, float] | None = None,
 ) -> Any:  # fmt: skip
     """A new model, weights drawn from PyTorch's generator. Raises `ArgumentError`, for a name among others.
 
     - "cell:CELL": embedding, `ps.RNN`, head. "torch:gru", "torch:lstm", "torch:rnn": the dense layers of PyTorch in its place.
     - "block:CELL": a `ParaRNNForCausalLM` of `num_layers` blocks; "block:attention": its blocks with attention.
-    - `initial_bias`: numbers added, before training, to the biases of the cell's inputs of these names, in all layers.
+    - `initial_bias`, `initial_recurrent`: numbers added, before training, to the biases of the cell's inputs and to the parameters of
+      a channelwise cell of these names, in all channels of all layers.
     - `solver`: "parallel" in time, as the library decides, or "sequential", the loop.
     """
     kind, cell = parts(name)
@@ -76,8 +77,10 @@ def build_model(
         model = Bare(TORCH[cell](hidden_size, hidden_size, num_layers, batch_first=True), vocab_size, hidden_size)
     for layer in model.recurrent_layers():
         layer.solver = SOLVERS[solver]
-        for name, bias in layer.named_parameters():
-            if name.startswith("bias"):
-                for gate, value in (initial_bias or {}).items():
-                    bias.data[layer.cell.inputs.index(gate)] += value
+        for start, names, added in (
+            ("bias", layer.cell.inputs, initial_bias), ("weight_hh", layer.cell.params, initial_recurrent)
+        ):  # fmt: skip
+            for rows in (p.data for name, p in layer.named_parameters() if name.startswith(start)):
+                for name, value in (added or {}).items():
+                    rows[names.index(name)] += value
     return model

@@ -36,6 +36,7 @@ LATER = {
     "metric": None,
     "probe": None,
     "initial_bias": {},
+    "initial_recurrent": {},
 }  # fields that older rows lack
 
 
@@ -107,7 +108,7 @@ def train(trial: Trial, device: torch.device, text: str = "", minutes: float = m
     torch.manual_seed(trial.seed)
     stages = [trial.samples("train", length) for length in (*trial.curriculum, trial.length)]
     data, validation = stages.pop(0), trial.samples("validation", trial.length)
-    names = ("hidden_size", "num_layers", "num_heads", "recurrent_clip", "initial_bias", "solver")
+    names = ("hidden_size", "num_layers", "num_heads", "recurrent_clip", "initial_bias", "initial_recurrent", "solver")
     sizes = {name: getattr(trial, name) for name in names}
     model = build_model(trial.model, data.vocab_size, **sizes).to(device)
     update, batches = Update(model, trial, device), Batches(trial, device)

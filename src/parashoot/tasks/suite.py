@@ -33,7 +33,7 @@ class Trial:
     - `probe`: the length of the sequences on which it is counted at each validation how many sweeps the recurrence takes, in chunks of 16,
       and measured how much faster than the loop a training step solves it; None: sweeps on the last training batch, as it was solved.
     - `metric` that is validated and reported: "token", "sequence" or "last"; None: the task's.
-    - `hidden_size`, `num_layers`, `num_heads`, `recurrent_clip`, `initial_bias`, `solver`: the model's.
+    - `hidden_size`, `num_layers`, `num_heads`, `recurrent_clip`, `initial_bias`, `initial_recurrent`, `solver`: the model's.
 
     The defaults are the paper's, as far as it gives them: its number of epochs is not known. Raises `ArgumentError` and
     `ArgumentTypeError`. Source: Danieli et al. 2025 (ParaRNN, arXiv 2510.21450).
@@ -64,6 +64,7 @@ class Trial:
     num_heads: int = 1
     recurrent_clip: float | None = 0.9
     initial_bias: dict[str, float] | None = None
+    initial_recurrent: dict[str, float] | None = None
     solver: str = "parallel"
 
     def __post_init__(self) -> None:
@@ -106,7 +107,7 @@ class Trial:
         object.__setattr__(self, "options", self.options or {})
         if self.solver not in SOLVERS:
             bad_value("solver", repr(self.solver), f"one of {', '.join(SOLVERS)}")
-        self._check_bias()
+        self._check_initial()
         object.__setattr__(self, "test_lengths", list(self.test_lengths))
         object.__setattr__(self, "curriculum", list(self.curriculum))
         for length in (*self.curriculum, self.length):
@@ -116,19 +117,22 @@ class Trial:
         for length in self.test_lengths:
             self.samples("test", length)
 
-    def _check_bias(self) -> None:
-        kind, cell = parts(self.model)
-        if not isinstance(self.initial_bias, (dict, type(None))):
-            bad_type("initial_bias", self.initial_bias, "an object of numbers by the names of the cell's inputs")
-        known = () if kind == "torch" or cell == "attention" else find_cell(cell).inputs
-        for name, value in (self.initial_bias or {}).items():
-            if name not in known:
-                bad_value(
-                    "initial_bias", repr(name), f"one of {', '.join(known) or 'none'}, the inputs of {self.model}"
-                )
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                bad_value(f"initial_bias of {name}", repr(value), "a finite number")
-        object.__setattr__(self, "initial_bias", self.initial_bias or {})
+    def _check_initial(self) -> None:
+        kind, name = parts(self.model)
+        cell = None if kind == "torch" or name == "attention" else find_cell(name)
+        for field, names in (
+            ("initial_bias", () if cell is None else cell.inputs),
+            ("initial_recurrent", cell.params if cell is not None and cell.structure == "channelwise" else ()),
+        ):
+            given, role = getattr(self, field), "inputs" if field == "initial_bias" else "vectors of parameters"
+            if not isinstance(given, (dict, type(None))):
+                bad_type(field, given, f"an object of numbers by the names of the cell's {role}")
+            for name, value in (given or {}).items():
+                if name not in names:
+                    bad_value(field, repr(name), f"one of {', '.join(names) or 'none'}, the {role} of {self.model}")
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                    bad_value(f"{field} of {name}", repr(value), "a finite number")
+            object.__setattr__(self, field, given or {})
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of step 0, 1, ...: half a cosine, zero after the last."""
