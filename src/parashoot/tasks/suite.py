@@ -252,13 +252,16 @@ SUITES: dict[str, dict[str, Any]] = {
     "recall": {
         "defaults": {"seeds": [0, 1, 2], "learning_rates": [3e-3], "train_samples": None, "batch_size": 64},
         "runs": [
-            *(
-                {
-                    "task": "keep_nth", "models": [f"cell:{cell}"], "initial_bias": bias, "recurrent_clip": None,
-                    "curriculum": [8, 12, 20, 50], "learned": 0.8, "steps": 450_000, "validate_every": 10_000, "learning_rates": [1e-3],
-                }
-                for cell, bias in (("lstm", {"f": 1.0, "z": 1.0}), ("gru", {"z": -1.0, "c": 1.0}))
-            ),
+            {
+                "task": "keep_nth", "models": ["cell:gru"], "initial_bias": {"z": -3.0, "r": 4.0, "c": 4.2},
+                "initial_recurrent": {"a_z": 11.0, "a_r": -10.0, "a_c": -10.5}, "recurrent_clip": None, "length": 16,
+                "curriculum": [8, 12], "learned": 0.99, "test_lengths": [16, 100], "steps": 30_000, "validate_every": 2000,
+                "stop_early": False, "learning_rates": [1e-3],
+            },
+            {
+                "task": "keep_nth", "models": ["cell:lstm"], "initial_bias": {"f": 1.0, "z": 1.0}, "recurrent_clip": None,
+                "curriculum": [8, 12, 20, 50], "learned": 0.8, "steps": 450_000, "validate_every": 10_000, "learning_rates": [1e-3],
+            },
             {
                 "task": "mqar", "models": ["block:lstm", "block:gru"], "curriculum": [8, 16, 32, 64], "learned": 0.9, "steps": 20_000,
                 "validate_every": 1000,
