@@ -259,8 +259,10 @@ SUITES: dict[str, dict[str, Any]] = {
                 "stop_early": False, "learning_rates": [1e-3],
             },
             {
-                "task": "keep_nth", "models": ["cell:lstm"], "initial_bias": {"f": 1.0, "z": 1.0}, "recurrent_clip": None,
-                "curriculum": [8, 12, 20, 50], "learned": 0.8, "steps": 450_000, "validate_every": 10_000, "learning_rates": [1e-3],
+                "task": "keep_nth", "models": ["cell:lstm"], "initial_bias": {"f": 3.3, "z": 8.0, "o": 9.0},
+                "initial_recurrent": {"a_z": -9.0, "p_f": -14.6, "p_o": -12.0}, "recurrent_clip": None, "length": 24,
+                "curriculum": [8, 12, 16, 20], "learned": 0.95, "test_lengths": [24, 100], "steps": 40_000, "validate_every": 2500,
+                "stop_early": False, "learning_rates": [1e-3],
             },
             {
                 "task": "mqar", "models": ["block:lstm", "block:gru"], "curriculum": [8, 16, 32, 64], "learned": 0.9, "steps": 20_000,
