@@ -80,17 +80,18 @@ def test_states_are_kept_where_a_step_sums_over_a_head(cell, kept):
     assert [found.keeps_states(1, dtype) for dtype in (torch.float32, torch.bfloat16)] == [False, kept]
 
 
-def test_the_rounding_of_y_does_not_add_up_in_what_turns_without_end():
+# On a GPU in bf16 its own tanh, 1e-4 off, adds up as well (test_cuda.py bounds that).
+@pytest.mark.parametrize("dtype", [torch.float16] if ON_GPU else [torch.float16, torch.bfloat16], ids=str)
+def test_the_rounding_of_y_does_not_add_up_in_what_turns_without_end(dtype):
     cell = ps.cells.headrotor
     x, params, h0 = random_problem(cell, 2, 100, 16, sigma=0.25)
     x[:, :, 4] -= 5.0  # the gate stays shut
-    x, h0 = x.to(torch.bfloat16), h0.float()
+    x, h0 = x.to(dtype), h0.float()
     params = [p.float() for p in params]
-    dy = torch.randn(2, 100, 16).to(torch.bfloat16)
+    dy = torch.randn(2, 100, 16).to(dtype)
     run = lambda x, p, h: ps.scan(cell, x, tuple(p), h, solver=KERNEL)
     given = x.to(DEVICE), [p.to(DEVICE) for p in params], h0.to(DEVICE)
     got = gradients(run, *given, dy.to(DEVICE), None)
     want = gradients(by_loop(cell), x.double(), [p.double() for p in params], h0.double(), dy.double(), None)
-    bound = 4e-3 if DEVICE == "cuda" else 1e-3  # a GPU's own tanh is 1e-4 off, and that adds up too
     for mine, exact in zip(got[1:], want[1:], strict=True):  # by the parameters and h0, which are float32
-        assert relative(mine.cpu(), exact) < bound
+        assert relative(mine.cpu(), exact) < 1e-3

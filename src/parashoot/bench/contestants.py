@@ -189,7 +189,7 @@ def flashrnn(case: Case, device: torch.device) -> Entry:
 
 
 def tanh_of_short_types() -> Any:
-    """tanh for kernels in Triton that take the exponential of bfloat16, which Triton 3.6 refuses: in float32."""
+    """FlashRNN's own formula of tanh, in float32: Triton 3.6 refuses the exponential of bfloat16 that its backward kernel takes."""
     import triton
     import triton.language as tl
 

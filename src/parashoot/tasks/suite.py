@@ -120,16 +120,17 @@ class Trial:
     def _check_initial(self) -> None:
         kind, name = parts(self.model)
         cell = None if kind == "torch" or name == "attention" else find_cell(name)
-        for field, names in (
-            ("initial_bias", () if cell is None else cell.inputs),
-            ("initial_recurrent", cell.params if cell is not None and cell.structure == "channelwise" else ()),
+        vectors = cell.params if cell is not None and cell.structure == "channelwise" else ()
+        for field, known, role in (
+            ("initial_bias", () if cell is None else cell.inputs, "inputs"),
+            ("initial_recurrent", vectors, "vectors of parameters"),
         ):
-            given, role = getattr(self, field), "inputs" if field == "initial_bias" else "vectors of parameters"
+            given = getattr(self, field)
             if not isinstance(given, (dict, type(None))):
                 bad_type(field, given, f"an object of numbers by the names of the cell's {role}")
             for name, value in (given or {}).items():
-                if name not in names:
-                    bad_value(field, repr(name), f"one of {', '.join(names) or 'none'}, the {role} of {self.model}")
+                if name not in known:
+                    bad_value(field, repr(name), f"one of {', '.join(known) or 'none'}, the {role} of {self.model}")
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                     bad_value(f"{field} of {name}", repr(value), "a finite number")
             object.__setattr__(self, field, given or {})

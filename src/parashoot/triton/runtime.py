@@ -66,8 +66,11 @@ def run_forward(
         given |= {"saved_ptr": saved, "groups": groups}
     place = {"T0": time - 1, "DIR": -1, "LO": 0, "L": time} if reverse else {"T0": 0, "DIR": 1, "LO": 0, "L": time}
     jobs, facts = _jobs(load(made, "forward"), made, given, place, x, tiling, tol, 1.0, most)
-    like = functools.partial(_backward_like, cell, found, tiling, x, params, h0, reset, y, saved, reverse)
-    _start(jobs, x, like if save else None)
+    _start(
+        jobs,
+        x,
+        (lambda: _backward_like(cell, found, tiling, x, params, h0, reset, y, saved, reverse)) if save else None,
+    )
     return y, h_n, saved, facts.view(-1, 3)
 
 
