@@ -50,7 +50,7 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
         "ALONE": bool(cell.width) and tiling.chunks == 1,
         "WIDE": False,
     }
-    constants |= {"x_c": 1, "dy_c": 1, "DIR": 1}
+    constants |= {"x_c": 1, "DIR": 1}
     if cell.width:
         constants |= {"WIDTH": cell.width, "NC": HEAD_ROWS, "ROWS": HEAD_ROWS}
     signature, values, attributes = {}, {}, {}

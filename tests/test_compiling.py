@@ -51,6 +51,15 @@ def test_what_is_compiled_ahead_is_what_backward_runs(name, all_states, reverse,
     assert signature(expected[0]) == signature(started[1])
 
 
+def test_the_gradient_of_a_sum_runs_what_is_compiled_ahead(monkeypatch):
+    cell, started = ps.cells.gru, []
+    monkeypatch.setattr(runtime, "_start", lambda jobs, x, follow=None: started.extend([jobs, follow and follow()]))
+    x, params, _ = random_problem(cell, 2, 40, 16, dtype=torch.float32)
+    y, _ = ps.scan(cell, x.to(DEVICE).requires_grad_(), tuple(p.to(DEVICE) for p in params), solver=KERNEL)
+    y.sum().backward()  # its gradient is one number, seen B T C times
+    assert signature(started[1]) == signature(started[2])
+
+
 @pytest.fixture
 def anywhere(monkeypatch):
     """Threads whatever the version of Python, no GPU asked, nothing compiled before."""

@@ -102,6 +102,7 @@ def _backward_jobs(
 ) -> tuple[list[Job], Tensor, Tensor, Tensor]:  # fmt: skip
     """The launches, and where they write dx, partial sums of dparams, and dh0."""
     batch, time, _, _ = sizes(x)
+    dy = dy if dy.stride(3) == 1 else dy.contiguous()  # that of a sum is one number
     kept = found.keeps_states(len(cell.states), x.dtype)
     made = source_of(found, cell, tiling.unroll, tiling.stages, dy.shape[2] > 1, reset is not None, kept)
     dx, dh0 = gradient_like(x), h0.new_empty(h0.shape)
@@ -122,7 +123,7 @@ def _backward_jobs(
     }
     given |= (
         _strides(_in_heads(x), "x_b x_t x_g x_h x_c")
-        | _strides(dy, "dy_b dy_t dy_s dy_c")
+        | _strides(dy, "dy_b dy_t dy_s")
         | _strides(_in_heads(dx), "dx_b dx_t dx_g dx_h")
         | _reset(reset, reverse)
     )

@@ -187,7 +187,7 @@ def backward(s: Source) -> str:
         out = []
         for u in range(unroll):
             out += [*_position(u), *_load_inputs(s, u, lead, "(q >= LO) & (q < L - r_shift)")]
-            out.append("at = dy_ptr + b * dy_b + time * dy_t + col * dy_c")
+            out.append("at = dy_ptr + b * dy_b + time * dy_t + col")
             out += [f"g{u}_{n} = tl.load({_apart('at', 'dy_s', n)}, {_mask(lead)})" for n in range(len(s.outputs))]
             if not recompute:  # the state before: y one position on, in the order of this sweep
                 out += [
@@ -253,7 +253,7 @@ def backward(s: Source) -> str:
     arguments += ["saved_ptr", "groups"] if recompute else ["h_ptr", "y_ptr", "y_b", "y_t"]
     arguments += ["dy_ptr", "dh_ptr", "dx_ptr", "dp_ptr", "end_ptr"]
     arguments += ["reset_ptr", "r_b", "r_t", "r_shift"] * s.reset
-    arguments += [*X_PLACE, "dy_b", "dy_t", "dy_s", "dy_c", "dx_b", "dx_t", "dx_g", "dx_h"]
+    arguments += [*X_PLACE, "dy_b", "dy_t", "dy_s", "dx_b", "dx_t", "dx_g", "dx_h"]
     setup = [*_place_in_heads(s), "dx_head = dx_ptr + b * dx_b + head * (dx_h - width)", *_load_params(s)]
     setup += _load_entering("dh_ptr", s.slots)
     given = [*s.arguments, *[f"g{i}" for i in slots]]
