@@ -37,6 +37,7 @@ RATES = {
 }  # fmt: skip
 VARIANTS = {
     "heads 1": {"num_heads": 1}, "heads 8": {"num_heads": 8}, "state x2": {"state_expansion": 2},
+    "memory 400": {"initial_bias": {"z": [-6, 0]}}, "memory 400, heads 1": {"initial_bias": {"z": [-6, 0]}, "num_heads": 1},
     "state x4 for MLP": {"state_expansion": 4, "num_heads": 16, "num_hidden_layers": 6, "intermediate_size": 384},
 }  # fmt: skip
 """Changes to the GRU, run at its middle rate; the last one has as many parameters as without."""
@@ -59,6 +60,11 @@ class Job:
         return RUNS / f"{self.kind}-{self.recipe}-{self.variant.replace(' ', '-')}-{self.rate:g}-{self.steps}"
 
     @property
+    def config(self) -> Path:
+        """The file of its configuration, of which no two runs may share one."""
+        return self.directory.with_name(f"{self.directory.name}.json")
+
+    @property
     def facts(self) -> dict[str, Any]:
         return {
             "kind": self.kind, "model": self.recipe, "variant": self.variant, "learning_rate": self.rate, "steps": self.steps
@@ -69,7 +75,7 @@ class Job:
         config = json.loads((HERE.parent / f"recipes/enwik8-{self.recipe}.json").read_text())
         config |= {"steps": self.steps, "learning_rate": self.rate, "checkpoint_every": 1000}
         config["model"] |= self.changes
-        path = self.directory.with_suffix(".json")
+        path = self.config
         path.write_text(json.dumps(config, indent=2))
         report = self.directory / "report.json"
         row = self.facts | {"tokens": self.steps * config["batch_size"] * config["sequence_length"]}
@@ -89,7 +95,7 @@ def _parashoot(gpu: str, log: Path, *arguments: str) -> str:
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
     command = [sys.executable, "-m", "parashoot", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    log.with_suffix(".txt").write_text(done.stdout + done.stderr)
+    log.with_name(f"{log.stem}.txt").write_text(done.stdout + done.stderr)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return done.stdout

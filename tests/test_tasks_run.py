@@ -111,7 +111,7 @@ def test_models_are_causal(model):
 
 
 @pytest.mark.parametrize("model", ["cell:gru", "block:gru"])
-def test_an_initial_bias_is_added_to_the_gates_of_all_layers(model):
+def test_an_initial_bias_reaches_all_layers(model):
     sizes = {"hidden_size": 8, "num_layers": 2, "num_heads": 1, "recurrent_clip": None, "solver": "parallel"}
     made = []
     for bias in (None, {"r": -2.0, "c": 0.5}):
@@ -303,11 +303,11 @@ def test_the_suites_are_well_formed():
         ({"task": "parity", "model": "cell:gru", "initial_bias": 3}, "initial_bias: got int 3"),
         (
             {"task": "parity", "model": "cell:gru", "initial_bias": {"f": 3}},
-            "initial_bias: got 'f'; expected one of z, r, c, the inputs of cell:gru",
+            "initial_bias: got 'f'; expected one of z, r, c, the inputs of cell 'gru'",
         ),
         (
             {"task": "parity", "model": "torch:gru", "initial_bias": {"z": 3}},
-            "initial_bias: got 'z'; expected one of none",
+            "initial_bias: got {'z': 3}; expected none for torch:gru",
         ),
         ({"task": "parity", "model": "cell:gru", "initial_bias": {"z": math.nan}}, "initial_bias of z: got nan"),
         (

@@ -31,10 +31,10 @@ class Recurrence(nn.Module):
     def __init__(self, config: ParaRNNConfig):
         super().__init__()
         d, width = config.hidden_size, config.state_expansion * config.hidden_size
-        heads, clip = config.num_heads, config.recurrent_clip
+        heads, start = config.num_heads, {"recurrent_clip": config.recurrent_clip, "initial_bias": config.initial_bias}
         self.in_proj = nn.Linear(d, 2 * width, bias=False)
         self.conv = HalfConv(width, config.conv_kernel, heads)
-        self.rnn = RNN(find_cell(config.cell), width, width, num_heads=heads, recurrent_clip=clip)
+        self.rnn = RNN(find_cell(config.cell), width, width, num_heads=heads, **start)
         self.norm = GatedNorm(width, eps=config.rms_norm_eps)
         self.out_proj = ResidualLinear(width, d, bias=False)
 

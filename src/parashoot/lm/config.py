@@ -13,11 +13,12 @@ from transformers import PretrainedConfig
 
 from ..cells.find import find_cell
 from ..errors import bad_type, bad_value
+from ..layers import bias_ranges
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "conv_kernel", "state_expansion", "head_dim")  # fmt: skip
 REQUIRED = SIZES[:3]
 MIXERS = {
-    "rnn": ("num_heads", "cell", "conv_kernel", "state_expansion", "recurrent_clip"),
+    "rnn": ("num_heads", "cell", "conv_kernel", "state_expansion", "recurrent_clip", "initial_bias"),
     "attention": ("head_dim",),
     "gated_delta": ("head_dim", "conv_kernel"),
 }
@@ -38,6 +39,7 @@ class ParaRNNConfig(PretrainedConfig):
     - `state_expansion` e (rnn): the cell has e d channels.
     - `head_dim` (attention, gated_delta): width of a head's queries and keys; values of gated_delta are twice as wide.
     - `recurrent_clip` (rnn): bound on the cell's vector parameters; None: unbounded.
+    - `initial_bias` (rnn): where biases of the cell's inputs begin, as in `ps.RNN`; None: at zero.
     - `tie_word_embeddings`: the head shares the embedding matrix.
     - `z_loss`: while training, this times the mean of logsumexp(logits)^2 is added to the loss.
     - `bos_token_id`, `eos_token_id`, `pad_token_id`: the tokens that begin, end and fill up a text; None: none does.
@@ -71,6 +73,7 @@ class ParaRNNConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         mixer: str = "rnn",
         head_dim: int = 64,
+        initial_bias: dict[str, Any] | None = None,
         **library: Any,
     ):
         own = {name: value for name, value in locals().items() if name in own_fields()}
@@ -162,7 +165,7 @@ def _check_values(own: dict[str, Any]) -> None:
             bad_value(name, repr(own[name]), "an integer >= 1")
     _check_mixer(own)
     if not isinstance(own["cell"], str) or ":" not in own["cell"]:
-        find_cell(own["cell"])
+        bias_ranges(find_cell(own["cell"]), own["initial_bias"])
     for name in ("recurrent_clip", "rms_norm_eps", "initializer_range", "z_loss"):
         value, least = own[name], "a finite number >= 0" if name == "z_loss" else "a finite number > 0"
         if value is None and name == "recurrent_clip":

@@ -49,20 +49,25 @@ def parts(name: str) -> tuple[str, str]:
 
 def build_model(
     name: str, vocab_size: int, *, hidden_size: int, num_layers: int, num_heads: int, recurrent_clip: float | None,
-    solver: str, initial_bias: dict[str, float] | None = None, initial_recurrent: dict[str, float] | None = None,
+    solver: str, initial_bias: dict[str, Any] | None = None, initial_recurrent: dict[str, float] | None = None,
 ) -> Any:  # fmt: skip
     """A new model, weights drawn from PyTorch's generator. Raises `ArgumentError`, for a name among others.
 
     - "cell:CELL": embedding, `ps.RNN`, head. "torch:gru", "torch:lstm", "torch:rnn": the dense layers of PyTorch in its place.
     - "block:CELL": a `ParaRNNForCausalLM` of `num_layers` blocks; "block:attention": its blocks with attention.
-    - `initial_bias`, `initial_recurrent`: numbers added, before training, to the biases of the cell's inputs and to the parameters of
-      a channelwise cell of these names, in all channels of all layers.
+    - `initial_bias`: as in `ps.RNN`. `initial_recurrent`: numbers added, before training, to the parameters of a channelwise cell of
+      these names, in all channels of all layers.
     - `solver`: "parallel" in time, as the library decides, or "sequential", the loop.
     """
     kind, cell = parts(name)
     model: Any
     if kind == "block":
-        recurrent = {"cell": cell, "num_heads": num_heads, "recurrent_clip": recurrent_clip}
+        recurrent = {
+            "cell": cell,
+            "num_heads": num_heads,
+            "recurrent_clip": recurrent_clip,
+            "initial_bias": initial_bias,
+        }
         which: dict[str, Any] = (
             {"mixer": "attention", "head_dim": hidden_size // num_heads} if cell == "attention" else recurrent
         )
@@ -70,17 +75,14 @@ def build_model(
     elif kind == "cell":
         rnn = RNN(
             find_cell(cell), hidden_size, hidden_size, num_layers, num_heads=num_heads,
-            recurrent_clip=recurrent_clip,
+            recurrent_clip=recurrent_clip, initial_bias=initial_bias,
         )  # fmt: skip
         model = Bare(rnn, vocab_size, hidden_size)
     else:
         model = Bare(TORCH[cell](hidden_size, hidden_size, num_layers, batch_first=True), vocab_size, hidden_size)
     for layer in model.recurrent_layers():
         layer.solver = SOLVERS[solver]
-        for start, names, added in (
-            ("bias", layer.cell.inputs, initial_bias), ("weight_hh", layer.cell.params, initial_recurrent)
-        ):  # fmt: skip
-            for rows in (p.data for name, p in layer.named_parameters() if name.startswith(start)):
-                for name, value in (added or {}).items():
-                    rows[names.index(name)] += value
+        for rows in (p.data for name, p in layer.named_parameters() if name.startswith("weight_hh")):
+            for name, value in (initial_recurrent or {}).items():
+                rows[layer.cell.params.index(name)] += value
     return model

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..cells.find import find_cell
 from ..errors import bad_type, bad_value
+from ..layers import bias_ranges
 from ..lm.config import checked_names, is_count
 from .models import SOLVERS, parts
 from .task import METRICS, Samples, find_task
@@ -63,7 +64,7 @@ class Trial:
     num_layers: int = 1
     num_heads: int = 1
     recurrent_clip: float | None = 0.9
-    initial_bias: dict[str, float] | None = None
+    initial_bias: dict[str, Any] | None = None
     initial_recurrent: dict[str, float] | None = None
     solver: str = "parallel"
 
@@ -121,19 +122,21 @@ class Trial:
         kind, name = parts(self.model)
         cell = None if kind == "torch" or name == "attention" else find_cell(name)
         vectors = cell.params if cell is not None and cell.structure == "channelwise" else ()
-        for field, known, role in (
-            ("initial_bias", () if cell is None else cell.inputs, "inputs"),
-            ("initial_recurrent", vectors, "vectors of parameters"),
-        ):
-            given = getattr(self, field)
-            if not isinstance(given, (dict, type(None))):
-                bad_type(field, given, f"an object of numbers by the names of the cell's {role}")
-            for name, value in (given or {}).items():
-                if name not in known:
-                    bad_value(field, repr(name), f"one of {', '.join(known) or 'none'}, the {role} of {self.model}")
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                    bad_value(f"{field} of {name}", repr(value), "a finite number")
-            object.__setattr__(self, field, given or {})
+        if cell is not None:
+            bias_ranges(cell, self.initial_bias)
+        elif self.initial_bias:
+            bad_value("initial_bias", repr(self.initial_bias), f"none for {self.model}, which has no cell")
+        given = self.initial_recurrent
+        if not isinstance(given, (dict, type(None))):
+            bad_type("initial_recurrent", given, "an object of numbers by the names of the cell's parameters")
+        for name, value in (given or {}).items():
+            if name not in vectors:
+                known = f"one of {', '.join(vectors) or 'none'}, the vectors of parameters of {self.model}"
+                bad_value("initial_recurrent", repr(name), known)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                bad_value(f"initial_recurrent of {name}", repr(value), "a finite number")
+        object.__setattr__(self, "initial_bias", self.initial_bias or {})
+        object.__setattr__(self, "initial_recurrent", given or {})
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of step 0, 1, ...: half a cosine, zero after the last."""
