@@ -37,7 +37,6 @@ RATES = {
 }  # fmt: skip
 VARIANTS = {
     "heads 1": {"num_heads": 1}, "heads 8": {"num_heads": 8}, "state x2": {"state_expansion": 2},
-    "memory 400": {"initial_bias": {"z": [-6, 0]}}, "memory 400, heads 1": {"initial_bias": {"z": [-6, 0]}, "num_heads": 1},
     "state x4 for MLP": {"state_expansion": 4, "num_heads": 16, "num_hidden_layers": 6, "intermediate_size": 384},
 }  # fmt: skip
 """Changes to the GRU, run at its middle rate; the last one has as many parameters as without."""
