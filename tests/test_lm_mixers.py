@@ -511,6 +511,8 @@ def test_only_matrices_decay():
         ({"mixer": "attention", "conv_kernel": 3}, "conv_kernel: got 3"),
         ({"mixer": "attention", "num_heads": 2}, "num_heads: got 2; expected 4"),
         ({"mixer": "gated_delta", "recurrent_clip": None}, "recurrent_clip: got None; expected 0.5"),
+        ({"mixer": "attention", "initial_bias": {"z": 1}}, "initial_bias: got {'z': 1}; expected None"),
+        ({"initial_bias": {"f": 1}}, "initial_bias: got 'f'; expected one of z, r, c"),
         ({"mixer": "gated_delta", "state_expansion": 2}, "state_expansion: got 2"),
         ({"head_dim": 32}, "head_dim: got 32; expected 64 with mixer = 'rnn'"),
         ({"mixer": "attention", "head_dim": 5}, "head_dim: got 5; expected an even number"),

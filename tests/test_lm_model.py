@@ -323,6 +323,14 @@ def assert_freshly_drawn(model: ParaRNNForCausalLM) -> None:
         assert bool((p == 1).all())
 
 
+def test_biases_of_a_language_model_begin_where_its_configuration_says(tmp_path):
+    tiny_model(num_heads=1, initial_bias={"z": [-2, 0]}).save_pretrained(tmp_path)
+    config = ParaRNNConfig.from_pretrained(tmp_path)
+    rnn = ParaRNNForCausalLM(config).recurrent_layers()[-1]
+    bias: Any = rnn.bias_l0
+    assert torch.equal(bias[0], torch.linspace(-2, 0, rnn.hidden_size)) and not bias[1:].any()
+
+
 def test_models_begin_as_the_paper_says():
     config = TINY.replace(hidden_size=256, num_heads=4)
     assert_freshly_drawn(ParaRNNForCausalLM(config))

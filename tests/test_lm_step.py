@@ -81,3 +81,11 @@ def test_time_without_kernels_counts_overlaps_once(script):
     assert [(k["name"], k["calls"], k["ms"], k["share"]) for k in found["kernels"]] == [
         ("a", 2, 0.007, 0.35), ("b", 2, 0.005, 0.25), ("c", 1, 0.001, 0.05)
     ]  # fmt: skip
+
+
+def test_no_two_runs_on_enwik8_share_a_configuration_or_a_log():
+    enwik8 = runpy.run_path(str(Path(SCRIPT).parent / "enwik8.py"))
+    jobs = enwik8["sweep"](400) + enwik8["sweep"](600)
+    files = [(job.config, job.config.with_name(f"{job.config.stem}.txt")) for job in jobs]
+    assert len({path for pair in files for path in pair}) == 2 * len(jobs)
+    assert len({tuple(job.facts.items()) for job in jobs}) == len(jobs)

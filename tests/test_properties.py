@@ -1,5 +1,7 @@
 """Laws of a scan, for any cell: splitting, resets, reversal, permutation, strides, chunk length, determinism."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -193,3 +195,35 @@ def test_a_layer_takes_its_input_in_heads_too():
         layer(x.unflatten(2, (3, 4)))
     with pytest.raises(ps.ArgumentError, match=r"D = input_size = 12$|D = input_size = 12\b(?!, or)"):
         ps.ParaGRU(12, 8)(x.unflatten(2, (1, 12)))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_biases_begin_where_they_are_told(both):
+    layer = ps.ParaGRU(6, 12, 2, num_heads=3, bidirectional=both, initial_bias={"z": (-6, 0), "c": 1})
+    biases = [p for name, p in layer.named_parameters() if name.startswith("bias")]
+    assert len(biases) == 2 + 2 * both
+    for p in biases:
+        assert p[0].tolist() == 3 * [-6.0, -4.0, -2.0, 0.0] and p[1].abs().max() == 0 and bool((p[2] == 1).all())
+    expected = [p.clone() for p in biases]
+    for p in biases:
+        torch.nn.init.normal_(p)
+    layer.reset_parameters()
+    assert all(torch.equal(*pair) for pair in zip(biases, expected, strict=True))
+    assert "initial_bias={'z': (-6, 0), 'c': (1, 1)}" in repr(layer)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"initial_bias": {"f": 1}}, "initial_bias: got 'f'; expected one of z, r, c, the inputs of cell 'gru'"),
+        ({"initial_bias": {"z": (1, 2, 3)}}, "initial_bias of z: got (1, 2, 3); expected a finite number, or"),
+        ({"initial_bias": {"z": [0, float("nan")]}}, "initial_bias of z: got [0, nan]"),
+        ({"initial_bias": {"z": "slow"}}, "initial_bias of z: got 'slow'"),
+        ({"initial_bias": {"z": 1}, "bias": False}, "initial_bias: got {'z': 1}; expected None with bias=False"),
+    ],
+)
+def test_what_biases_cannot_begin_with_is_told(options, words):
+    with pytest.raises(ps.ArgumentError, match=re.escape(words)):
+        ps.ParaGRU(4, 4, **options)
+    with pytest.raises(ps.ArgumentTypeError, match="initial_bias: got int 3; expected a dict"):
+        ps.ParaGRU(4, 4, initial_bias=3)
