@@ -74,19 +74,19 @@ class Job:
         config = json.loads((HERE.parent / f"recipes/enwik8-{self.recipe}.json").read_text())
         config |= {"steps": self.steps, "learning_rate": self.rate, "checkpoint_every": 1000}
         config["model"] |= self.changes
-        path = self.config
-        path.write_text(json.dumps(config, indent=2))
-        report = self.directory / "report.json"
+        path, text, report = self.config, json.dumps(config, indent=2), self.directory / "report.json"
+        same = path.is_file() and path.read_text() == text
+        path.write_text(text)
         row = self.facts | {"tokens": self.steps * config["batch_size"] * config["sequence_length"]}
-        if not report.is_file():
-            begun = (self.directory / "latest").exists()
+        if not (same and report.is_file()):
+            begun = same and (self.directory / "latest").exists()
             where = ["--resume", str(self.directory)] if begun else ["--out", str(self.directory), "--overwrite"]
             _parashoot(gpu, path, "train", str(path), *where)
         found = json.loads(report.read_text())
         row |= {k: found[k] for k in ("validation_bits_per_byte", "minutes", "tokens_per_s")}
         if self.kind != "sweep":
-            text = _parashoot(gpu, path, "eval", str(self.directory), "--split", "test", "--streams", "32")
-            row["test_bits_per_byte"] = float(re.findall(r"bits per byte\s+([\d.]+)", text)[0])
+            said = _parashoot(gpu, path, "eval", str(self.directory), "--split", "test", "--streams", "32")
+            row["test_bits_per_byte"] = float(re.findall(r"bits per byte\s+([\d.]+)", said)[0])
         return row
 
 
@@ -109,10 +109,11 @@ def sweep(steps: int) -> list[Job]:
 
 
 def speeds(path: Path) -> dict[str, dict[str, Any]]:
-    """The newest row of each recipe in the results of lm_step.py, at the recipe's shape."""
+    """The newest row of each recipe in the results of lm_step.py as --help says, at the recipe's shape and on one GPU."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     named = {f"enwik8-{model}": model for model in RATES}
-    rows = [r for r in rows if Path(r["model"]).stem in named and (r["batch"], r["length"]) == (32, 2048) and "ms" in r]
+    wanted = {"batch": 32, "length": 2048, "micro_batch": 32, "processes": 1, "compile": True, "precision": "bf16"}
+    rows = [r for r in rows if Path(r["model"]).stem in named and "ms" in r and wanted.items() <= r.items()]
     return {named[Path(r["model"]).stem]: r for r in rows}
 
 

@@ -89,3 +89,25 @@ def test_no_two_runs_on_enwik8_share_a_configuration_or_a_log():
     files = [(job.config, job.config.with_name(f"{job.config.stem}.txt")) for job in jobs]
     assert len({path for pair in files for path in pair}) == 2 * len(jobs)
     assert len({tuple(job.facts.items()) for job in jobs}) == len(jobs)
+
+
+def test_a_report_on_enwik8_of_another_configuration_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    enwik8, ran = runpy.run_path(str(Path(SCRIPT).parent / "enwik8.py")), []
+
+    def trained(gpu, log, what, config, *rest):
+        ran.append((json.loads(Path(config).read_text())["learning_rate"], *rest))
+        job.directory.mkdir(parents=True, exist_ok=True)
+        facts = {"validation_bits_per_byte": 2.0, "minutes": 1.0, "tokens_per_s": 3.0}
+        (job.directory / "report.json").write_text(json.dumps(facts))
+        return ""
+
+    job = enwik8["Job"]("paragru", 10, 0.004, "sweep")
+    monkeypatch.setitem(type(job).run.__globals__, "_parashoot", trained)
+    job.config.parent.mkdir(parents=True)
+    for _ in range(2):
+        assert job.run("")["learning_rate"] == 0.004
+    assert len(ran) == 1  # the second time the report is there
+    job.config.write_text(job.config.read_text().replace("0.004", "0.008"))  # as if another run had left it
+    job.run("")
+    assert [rate for rate, *_ in ran] == [0.004, 0.004] and ran[1][-1] == "--overwrite"

@@ -236,12 +236,24 @@ def test_rates_are_picked_on_validation_and_left_out_after_a_perfect_one(tmp_pat
         return {"trial": trial.to_dict(), "validation": score, "test": test, **facts}
 
     monkeypatch.setattr(runner, "train", graded)
-    rows = run(made, tmp_path / "rows.jsonl", device="cpu")
+    rows = run(made, out := tmp_path / "rows.jsonl", device="cpu")
     assert [row["validation"] for row in rows] == list(scores.values())
     assert [row["trial"]["learning_rate"] for row in picked(rows)] == [0.2, 0.3]
     text = tables(rows)
     assert "| parity, 6        | 9         | 90.0 (80.0) |" in text
-    assert "0.2 0.3" in text
+    assert "0.2 0.3" in text and "cut off |" not in text
+    cells = [
+        {**row, "trial": {**row["trial"], "model": f"cell:{name}:mine"}} for row in rows[:1] for name in ("a", "b")
+    ]
+    assert [row["model"] for row in picked(cells)] == ["cell a:mine", "cell b:mine"]
+    elsewhere = [{**rows[0], "device": "another"}, {**rows[4], "device": "one", "stopped": "time"}]
+    costs = tables(elsewhere).split("\n\n")[1]
+    assert "another |" in costs and "4 (1 cut off) |" in costs and len(costs.splitlines()) == 4
+    with out.open("a") as file:
+        file.write(json.dumps({**rows[0], "validation": 0.0}))  # once more, and worse, without an end of line
+    assert [row["validation"] for row in read(out)] == [0.0, *list(scores.values())[1:]]
+    runner._append(out, {**rows[0], "validation": 0.25})
+    assert len(out.read_text().splitlines()) == 7 and read(out)[0]["validation"] == 0.25
 
 
 def test_a_training_that_diverges_is_a_row(monkeypatch):

@@ -8,7 +8,6 @@ from pathlib import Path
 def loss_curve(bits: list[float], validation: float | None, path: Path) -> bool:
     """Draw the bits per byte of each training step, and the final `validation` value; False without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
@@ -17,7 +16,6 @@ def loss_curve(bits: list[float], validation: float | None, path: Path) -> bool:
         mean += (v - mean) * 0.05
         smooth.append(mean)
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps = range(1, len(bits) + 1)
     axes.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step")

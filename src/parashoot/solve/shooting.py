@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,18 +55,10 @@ class Steps:
         """Resets, shaped to select among states of the same axes."""
         return resets.view(*resets.shape, *[1] * len(self.algebra.feature))
 
-    def from_chunk(self, first: int) -> Steps:
-        """The same steps without the chunks before `first`."""
-        if first == 0:
-            return self
-        resets = None if self.resets is None else self.resets[:, :, first:]
-        return Steps(self.cell, self.trace, self.algebra, self.xs[:, :, :, first:], self.params, resets, self.window)
-
-    def only(self, chunk: int) -> Steps:
-        """The steps of one chunk."""
-        resets = None if self.resets is None else self.resets[:, :, chunk : chunk + 1]
-        xs = self.xs[:, :, :, chunk : chunk + 1]
-        return Steps(self.cell, self.trace, self.algebra, xs, self.params, resets, self.window)
+    def part(self, chunks: slice) -> Steps:
+        """The steps of some chunks."""
+        resets = None if self.resets is None else self.resets[:, :, chunks]
+        return replace(self, xs=self.xs[:, :, :, chunks], resets=resets)
 
     def jacobians(self, previous: Tensor, window: tuple[int, int]) -> Tensor:
         """Step Jacobians over a window of steps, from the states (w, S, B, n, F) before each; zero across a reset."""
@@ -150,7 +142,7 @@ def shoot(
     first, base, chunk_maps = 0, 0, None  # chunks before `first` are exact; chunk_maps are those of chunks from `base`
     sweeps, largest, before = 0, torch.full_like(iterations, math.inf, dtype=ys.dtype), math.inf
     while True:
-        live = steps.from_chunk(first)
+        live = steps.part(slice(first, None))
         sweep(live, start[:, :, first:], ys[:, :, :, first:])
         sweeps += 1
         if first == n - 1:
@@ -192,7 +184,7 @@ def shoot(
         if sweeps == patience or stuck:
             for c in range(first_next, n):
                 start[:, :, c] = ys[-1, :, :, c - 1]
-                sweep(steps.only(c), start[:, :, c : c + 1], ys[:, :, :, c : c + 1])
+                sweep(steps.part(slice(c, c + 1)), start[:, :, c : c + 1], ys[:, :, :, c : c + 1])
             return Outcome(ys, iterations, 0.0)
         start[:, :, first + 1 :] = ends + correction
         first = first_next

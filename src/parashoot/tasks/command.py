@@ -68,7 +68,9 @@ def _run(options: argparse.Namespace) -> int:
     try:
         rows = run(find_suite(options.suite), Path(options.out), device=options.device, minutes=options.minutes)
     except KeyboardInterrupt:
-        again = shlex.join(["parashoot", "tasks", "run", options.suite, "--out", options.out])
+        rest = [] if math.isinf(options.minutes) else ["--minutes", f"{options.minutes:g}"]
+        rest += [] if options.device is None else ["--device", options.device]
+        again = shlex.join(["parashoot", "tasks", "run", options.suite, "--out", options.out, *rest])
         print(f"\nStopped; finished runs are in {options.out}. Continue with:\n  {again}")
         return 130
     render(rows, Path(options.out))

@@ -13,7 +13,8 @@ from .suite import VARIED
 DYNAMICS = {"iterations": "sweeps", "lyapunov": "largest Lyapunov exponent", "speedup": "times faster than the loop"}
 LEGEND = (
     "Accuracy in percent by the metric that the task's source uses: the best of the seeds (their mean), each at the learning rate with its best "
-    "validation score. sweeps, Lyapunov: of the recurrent layer at the end of training, the largest of the seeds."
+    "validation score. sweeps, Lyapunov: of the recurrent layer at the end of training, the largest of the seeds. cut off: "
+    "trainings that ended in time or diverged, and were tested as they were."
 )
 
 
@@ -25,10 +26,9 @@ def picked(rows: Sequence[Row]) -> list[Row]:
     labelled = []
     for row in rows:
         trial = row["trial"]
-        kind, _, cell = trial["model"].partition(":")
         loop = ", loop" if trial["solver"] == "sequential" else ""
         shared = json.dumps({k: v for k, v in trial.items() if k not in (*VARIED, "solver")}, sort_keys=True)
-        name = f"{kind} {cell.rpartition(':')[2]}{loop}"
+        name = f"{trial['model'].replace(':', ' ', 1)}{loop}"
         labelled.append({**row, "experiment": shared, "model": name, "seed": trial["seed"]})
     best = groups(labelled, "experiment", "model", "seed").values()
     return [max(of_seed, key=lambda row: row["validation"]) for of_seed in best]
@@ -52,23 +52,29 @@ def tables(rows: Sequence[Row]) -> str:
     best = picked(rows)
     models = list(groups(best, "model"))
     scores, costs = [["task, trained at", "tested at", *(name for (name,) in models)]], [
-        ["task, trained at", "model", "parameters", "rates", "steps", "seconds", "sweeps", "Lyapunov"]
+        ["task, trained at", "model", "parameters", "rates", "steps", "seconds", "device", "sweeps", "Lyapunov"]
     ]  # fmt: skip
     for of_task in groups(best, "experiment").values():
         by_model = groups(of_task, "model")
         for length in of_task[0]["test"]:
             found = [accuracies(by_model.get(model, []), length) for model in models]
             scores.append([title(of_task[0]), length, *map(_figure, found)])
-        for (name,), seeds in by_model.items():
+        for (name, device), seeds in groups(of_task, "model", "device").items():
             rates = sorted({row["trial"]["learning_rate"] for row in seeds})
             solved = [row["curve"][-1]["solver"] for row in seeds if row["curve"] and row["curve"][-1]["solver"]]
             costs.append([
                 title(seeds[0]), name, f"{seeds[0]['parameters']:,}", " ".join(f"{rate:g}" for rate in rates),
-                f"{mean(row['steps'] for row in seeds):,.0f}", f"{mean(row['seconds'] for row in seeds):.1f}",
+                f"{mean(row['steps'] for row in seeds):,.0f}{_cut(seeds)}", f"{mean(row['seconds'] for row in seeds):.1f}", device,
                 f"{max(s['iterations'] for s in solved):.0f}" if solved else "",
                 f"{max(s['lyapunov'] for s in solved):.3f}" if solved else "",
             ])  # fmt: skip
     return f"{markdown(scores)}\n\n{markdown(costs)}\n\n{LEGEND}"
+
+
+def _cut(seeds: Sequence[Row]) -> str:
+    """How many were not trained to their end."""
+    cut = sum(row["stopped"] in ("time", "diverged") for row in seeds)
+    return f" ({cut} cut off)" if cut else ""
 
 
 def _figure(values: list[float]) -> str:

@@ -77,29 +77,37 @@ def _but_rate(trial: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a results file; a last line that was cut off is left out. Raises `ArgumentError` for any other."""
+    """The last row of each trial in a results file, in order of first appearance; a last line that was cut off is left out.
+
+    Raises `ArgumentError` for any other.
+    """
     if not path.is_file():
         bad_value("FILE", f"'{path}'", "an existing results file", "Write one with: parashoot tasks run --out FILE")
-    rows, lines = [], path.read_text().split("\n")
+    rows, lines = {}, path.read_text().split("\n")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line else None
             if row is not None:
                 _ = row["trial"]["task"], row["test"], row["validation"]
                 row["trial"] = {**LATER, **row["trial"]}
-                rows.append(row)
+                rows[_key(row)] = row
         except (ValueError, KeyError, TypeError):
             if number < len(lines):
                 bad_value("FILE", f"'{path}', line {number}", "a row as parashoot tasks run writes it in each line")
-    return rows
+    return list(rows.values())
 
 
 def _append(path: Path, row: Row) -> None:
-    """Add a row; a line that was cut off before it goes."""
+    """Add a row at once, as other processes may; a line that was cut off before it goes."""
     text = path.read_bytes() if path.exists() else b""
+    tail = text[text.rfind(b"\n") + 1 :]
     with path.open("ab") as file:
-        file.truncate(text.rfind(b"\n") + 1)
-        file.write(json.dumps(row).encode() + b"\n")
+        try:
+            start = b"\n" if tail and json.loads(tail) else b""
+        except ValueError:
+            file.truncate(len(text) - len(tail))
+            start = b""
+        file.write(start + json.dumps(row).encode() + b"\n")
 
 
 def train(trial: Trial, device: torch.device, text: str = "", minutes: float = math.inf) -> Row:
@@ -131,8 +139,8 @@ def train(trial: Trial, device: torch.device, text: str = "", minutes: float = m
             late = time.perf_counter() - begun > 60 * minutes
             if step % trial.validate_every and step < trial.steps and not late:
                 continue
+            mean, losses = float(torch.stack(losses).mean()), []  # waits for the training that is queued on a GPU
             since = time.perf_counter()
-            mean, losses = float(torch.stack(losses).mean()), []
             if not math.isfinite(mean):
                 stopped, score = "diverged", 0.0
                 break

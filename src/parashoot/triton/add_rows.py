@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -38,6 +36,6 @@ def run(parts: Tensor) -> Tensor:
     block, warps = (32, 8) if out.numel() >= 4096 else (8, 4)
     given = [parts, out, len(parts), out.numel()]
     sizes = {"ROWS": ROWS, "COLUMNS": block, "num_warps": warps}
-    with torch.cuda.device(parts.device) if parts.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(parts):
         add[(-(-out.numel() // block),)](*given, **sizes)
     return out

@@ -10,7 +10,6 @@ loads of GROUP positions are under way together.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -208,7 +207,7 @@ def _launch(
     kinds = {"K": taps, "PAST": past is not None and taps > 1, "RESET": reset is not None, "FAST": u.is_cuda}
     sizes = {"BLOCK": tile.block, "STEPS": tile.steps, "GROUP": tile.group, "num_warps": tile.warps}
     if u.numel():
-        with torch.cuda.device(u.device) if u.is_cuda else contextlib.nullcontext():
+        with torch.cuda.device_of(u):
             kernel[-(-channels // tile.block) * segments * batch,](**given, **kinds, **sizes)
 
 

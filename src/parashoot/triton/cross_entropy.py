@@ -3,8 +3,6 @@ pass over a row finds it in the GPU's cache, for few rows are worked on at a tim
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -54,7 +52,7 @@ def run_score(logits: Tensor, targets: Tensor, z_loss: float, ignored: int, want
     rows, width = logits.shape
     sums = logits.new_empty(rows, 2, dtype=torch.float32)
     options = {"GRAD": wanted, "BLOCK": BLOCK, "num_warps": WARPS}
-    with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(logits):
         score[(rows,)](logits, targets, sums, logits.stride(0), width, z_loss, ignored, **options)
     loss, square = sums.sum(0).unbind(0)
     return loss, square

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -60,6 +58,6 @@ def run_backward(dn: Tensor, y: Tensor, g: Tensor, weight: Tensor, eps: float, d
     if dy.numel():
         strides = [v.stride(0) for v in (*rows, into)]
         given = [*rows, weight.contiguous(), dy, into, sums, len(into), per, width, eps, *strides]
-        with torch.cuda.device(y.device) if y.is_cuda else contextlib.nullcontext():
+        with torch.cuda.device_of(y):
             backward[(programs,)](*given, **options)
     return dy, add_rows(sums)

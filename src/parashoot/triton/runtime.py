@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import linecache
@@ -151,7 +150,7 @@ def run_decode(cell: Cell, found: Trace, state: Tensor, inputs: Tensor, params: 
     }
     given |= _strides(inputs, "x_b x_g x_c") | _strides(state, "h_b h_s h_c") | _strides(out, "o_b o_s o_c")
     fast = inputs.dtype == torch.bfloat16 and inputs.is_cuda
-    with torch.cuda.device(state.device) if state.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(state):
         _load_decode(made)[(-(-batch * channels // 128),)](**given, LANES=128, FAST=fast, num_warps=4)
     torch.autograd.graph.increment_version(out)
 
@@ -245,7 +244,7 @@ def _modes(given: dict[str, Any], x: Tensor) -> dict[str, Any]:
 
 
 def _start(jobs: list[Job], x: Tensor, follow: Callable[[], list[Job]] | None = None) -> None:
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(x):
         if x.is_cuda:
             compile_together(jobs, x, follow)
         for kernel, grid, arguments in jobs:

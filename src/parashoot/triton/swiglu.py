@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +37,6 @@ def run_backward(ab: Tensor, dy: Tensor) -> Tensor:
     tiles = -(-width // BLOCK)
     options = {"FAST": ab.is_cuda, "BLOCK": BLOCK, "num_warps": WARPS}
     if dab.numel():
-        with torch.cuda.device(ab.device) if ab.is_cuda else contextlib.nullcontext():
+        with torch.cuda.device_of(ab):
             backward[(len(rows) * tiles,)](rows, given, dab, rows.stride(0), given.stride(0), width, tiles, **options)
     return dab
