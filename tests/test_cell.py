@@ -168,6 +168,23 @@ class Settings:
 SETTINGS = Settings()
 
 
+class Constants:
+    gain = 0.5
+    hidden = torch.tensor(0.5)
+
+    @staticmethod
+    def squash(v):
+        return torch.tanh(0.5 * v)
+
+
+def sine(v):
+    return torch.sin(v)
+
+
+def keyword(h, *, gain=0.5):
+    return torch.tanh(gain * h)
+
+
 def helper(h):
     return SCALE * torch.tanh(h)
 
@@ -197,6 +214,26 @@ def reads_a_dataclass(h: ps.State, x: ps.Input):
     return SETTINGS.gain * h + x
 
 
+@ps.cell
+def reads_a_class(h: ps.State, x: ps.Input):
+    return torch.tanh(Constants.gain * h + x)
+
+
+@ps.cell
+def reads_a_static_method(h: ps.State, x: ps.Input):
+    return Constants.squash(h) + x
+
+
+@ps.cell
+def reads_a_keyword_default(h: ps.State, x: ps.Input):
+    return keyword(h) + x
+
+
+@ps.cell
+def reads_in_a_lambda(h: ps.State, x: ps.Input):
+    return (lambda v: OPTIONS.gain * v)(h) + x
+
+
 def changes(monkeypatch):
     return {
         reads_a_global: lambda: monkeypatch.setitem(globals(), "SCALE", -0.9),
@@ -204,10 +241,17 @@ def changes(monkeypatch):
         reads_a_list: lambda: monkeypatch.setitem(globals(), "TABLE", [0.1, -0.7]),
         reads_a_namespace: lambda: monkeypatch.setattr(OPTIONS, "gain", -0.9),
         reads_a_dataclass: lambda: monkeypatch.setattr(SETTINGS, "gain", -0.9),
+        reads_a_class: lambda: monkeypatch.setattr(Constants, "gain", -0.9),
+        reads_a_static_method: lambda: monkeypatch.setattr(Constants, "squash", staticmethod(sine)),
+        reads_a_keyword_default: lambda: monkeypatch.setattr(keyword, "__kwdefaults__", {"gain": -0.9}),
+        reads_in_a_lambda: lambda: monkeypatch.setattr(OPTIONS, "gain", -0.9),
     }
 
 
-READERS = [reads_a_global, reads_through_a_helper, reads_a_list, reads_a_namespace, reads_a_dataclass]
+READERS = [
+    reads_a_global, reads_through_a_helper, reads_a_list, reads_a_namespace, reads_a_dataclass, reads_a_class,
+    reads_a_static_method, reads_a_keyword_default, reads_in_a_lambda,
+]  # fmt: skip
 readers = pytest.mark.parametrize("cell", READERS, ids=lambda c: c.name)
 
 
@@ -247,6 +291,15 @@ def test_a_closure_that_changes_gives_a_new_trace():
 
 
 CAPTURED = torch.tensor(2.0)
+
+
+def test_a_tensor_of_a_class_is_refused():
+    @ps.cell
+    def hidden(h: ps.State, x: ps.Input):
+        return torch.tanh(Constants.hidden * h + x)
+
+    with pytest.raises(ps.CellError, match=r"the step reads the tensor 'Constants\.hidden' from outside its arguments"):
+        ps.scan(hidden, torch.randn(1, 8, 1, 3))
 
 
 def test_a_tensor_from_outside_is_refused():

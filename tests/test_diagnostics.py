@@ -30,7 +30,7 @@ def test_loose_tolerance_fails():
     def slow(h: ps.State, x: ps.Input):
         return torch.sin(h + 0.1 * x)
 
-    loose = ps.MultipleShooting(4, tol=0.5, jacobian="zero")
+    loose = ps.MultipleShooting(4, tol=0.5)
     assert not ps.verify(slow, torch.randn(1, 200, 1, 4), solver=loose).passed
 
 

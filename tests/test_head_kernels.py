@@ -307,3 +307,40 @@ def test_the_numerics_contract_at_length(name, width, sigma, dtype):
     gx, gp, gh = moved(x, params, h0)
     y, want = ps.scan(cell, gx, tuple(gp), gh, solver=KERNEL)[0], exact[:, :, cell.output]
     assert bool(((y.cpu().double() - want).abs() <= 2**-8 * want.abs() + 5e-4).all())
+
+
+@ps.cell(structure="headwise", width=4)
+def growing(h: ps.State, x: ps.Input, W: ps.Param):
+    return torch.tanh(torch.einsum("hij,...hj->...hi", W, h) + x)
+
+
+def test_what_is_small_may_grow(tiling):
+    """States and gradients within the tolerance at first, forward and backward."""
+    tiling(Tiling(8, 1, 2, 2, 8, 8, 1))
+    W, x, h0 = 1.2 * torch.eye(4).repeat(2, 1, 1), torch.zeros(1, 128, 1, 8), torch.full((1, 1, 8), 1e-10)
+    want = loop(growing, x.double(), [W.double()], h0.double())[:, :, 0]
+    gx, gW, gh = moved(x, W, h0)
+    y, _ = ps.scan(growing, gx, (gW,), gh, solver=KERNEL)
+    assert float(want[0, -1, 0]) > 0.5 and float((y.cpu() - want).abs().max()) < 1e-5
+    found = []
+    for run in (lambda *given: ps.scan(growing, *given, solver=KERNEL), by_loop(growing)):
+        given = [v.to(gh.device if not found else "cpu", torch.float64 if found else torch.float32) for v in (x, W, h0)]
+        start = torch.zeros_like(given[2], requires_grad=True)
+        y = run(given[0], [given[1]], start)[0]
+        (y[:, 0].sum() + 1e-10 * y[:, -1].sum()).backward()
+        assert start.grad is not None
+        found.append(start.grad.double().cpu())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0.0)
+
+
+def test_a_gradient_of_the_last_step_takes_two_passes(tiling, monkeypatch):
+    """What comes from there fades, chunk by chunk: the second pass shows it."""
+    tiling(Tiling(8, 1, 2, 2, 8, 16, 1))
+    reports, jobs = [], runtime._jobs_for_heads
+    monkeypatch.setattr(runtime, "_jobs_for_heads", lambda *given: reports.append(jobs(*given)) or reports[-1])
+    monkeypatch.setattr(runtime, "_backward_like", lambda *given: [])
+    W, x = 0.3 * torch.eye(4).repeat(2, 1, 1), torch.randn(1, 128, 1, 8)
+    gx, gW = moved(x, W)
+    gx.requires_grad_()
+    ps.scan(growing, gx, (gW,), solver=KERNEL)[0][:, -1].sum().backward()
+    assert [float(report[..., 0].max()) for _, report in reports] == [1, 2]

@@ -130,6 +130,17 @@ def halving(h: ps.State, x: ps.Input):
     return 0.5 * h + x
 
 
+@ps.cell
+def masked(h: ps.State, x: ps.Input):
+    return 0.3 * h + 0.5 * x * (1 + (h > 1) * 1.0 + (x > 1) * 1.0 - (x < -1) * 1.0)
+
+
+def test_masks_are_numbers_where_numbers_are_meant(tiling):
+    tiling(Tiling(8, 1, 2, 2, 3, 8, 8, 8))
+    x, params, h0 = fp32_problem(masked, 2, 24, 8, 1.0)
+    compare(masked, 2 * x, params, h0)
+
+
 def test_the_tolerance_of_gradients_is_relative_to_them_between_chunks_too(tiling, monkeypatch):
     """Gradients near 1 that happen to be near 0 where chunks end: what a lead leaves is compared with the former."""
     from parashoot.triton import runtime

@@ -219,6 +219,9 @@ def test_biases_begin_where_they_are_told(both):
         ({"initial_bias": {"z": (1, 2, 3)}}, "initial_bias of z: got (1, 2, 3); expected a finite number, or"),
         ({"initial_bias": {"z": [0, float("nan")]}}, "initial_bias of z: got [0, nan]"),
         ({"initial_bias": {"z": "slow"}}, "initial_bias of z: got 'slow'"),
+        ({"initial_bias": {"z": 1e300}}, "initial_bias of z: got 1e+300"),
+        ({"dropout": "a"}, "dropout: got 'a'; expected a probability"),
+        ({"recurrent_clip": "a"}, "recurrent_clip: got 'a'; expected None or a number > 0"),
         ({"initial_bias": {"z": 1}, "bias": False}, "initial_bias: got {'z': 1}; expected None with bias=False"),
     ],
 )
@@ -227,3 +230,89 @@ def test_what_biases_cannot_begin_with_is_told(options, words):
         ps.ParaGRU(4, 4, **options)
     with pytest.raises(ps.ArgumentTypeError, match="initial_bias: got int 3; expected a dict"):
         ps.ParaGRU(4, 4, initial_bias=3)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_outputs_of_steps_stay_as_they_are(inplace):
+    layer, x = ps.ParaGRU(6, 8), torch.randn(2, 5, 6)
+    with torch.no_grad():
+        want, h, outputs = layer(x)[0], torch.zeros(1, 2, 1, 8), []
+        for x_t in x.unbind(1):
+            y, h = layer.step(x_t, h, inplace=inplace)
+            outputs.append(y)
+        torch.testing.assert_close(torch.stack(outputs, 1), want)
+        before = h.clone()
+        outputs[-1].zero_()
+    assert torch.equal(h, before)
+
+
+@pytest.mark.parametrize("time", [1, 3, 64])
+def test_the_last_state_is_no_view_of_what_was_given(time):
+    @ps.cell
+    def its_input(h: ps.State, x: ps.Input):
+        return x
+
+    @ps.cell
+    def itself(h: ps.State, x: ps.Input):
+        return h
+
+    x, h0 = torch.ones(1, time, 1, 2), torch.ones(1, 1, 2)
+    for cell in (its_input, itself, ps.cells.elman_diagonal):
+        for solver in (None, ps.Sequential(), ps.MultipleShooting(2)):
+            y, h_n = ps.scan(cell, x, torch.ones(1, 2) if cell.params else None, h0, solver=solver)
+            kept = y.clone()
+            h_n.zero_()
+            assert bool((x == 1).all() and (h0 == 1).all()) and torch.equal(y, kept)
+
+
+@pytest.mark.parametrize("solver", [None, ps.Sequential(), ps.MultipleShooting(2)], ids=["auto", "loop", "2"])
+@pytest.mark.parametrize("time", [1, 3, 4])
+def test_a_state_of_parameters_only_is_that_of_each_step(time, solver):
+    @ps.cell
+    def gated(h: ps.State, g: ps.State, x: ps.Input, a: ps.Param):
+        return torch.tanh(g * h + x), torch.sigmoid(a)
+
+    a = torch.tensor([-2.0, 0.0, 2.0])
+    y, h_n = ps.scan(gated, torch.randn(2, time, 1, 3), (a,), solver=solver, return_states=True)
+    assert torch.equal(y[:, :, 1], torch.sigmoid(a).expand(2, time, 3)) and torch.equal(h_n[0, 1], torch.sigmoid(a))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_what_stands_after_the_end_of_a_sequence_is_not_read(both):
+    layer, x, lengths = ps.ParaGRU(6, 8, 2, bidirectional=both), torch.randn(2, 9, 6), torch.tensor([5, 9])
+    found = []
+    for value in (0.0, torch.nan):
+        x[0, 5:] = value
+        y, h_n = layer(x, lengths=lengths)
+        found.append([y, h_n, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+MASKS = {
+    "sum": lambda h, x: (h > 1) * 1.0 + (x > 1) * 1.0,
+    "difference": lambda h, x: 1 - (h > 0.5) * 1.0,
+    "larger": lambda h, x: torch.maximum((h > 1) * 1.0, (x > 0) * 1.0),
+    "chosen": lambda h, x: torch.where(x > 0, (h > 0) * 1.0, (x < -1) * 1.0),
+    "logical": lambda h, x: torch.logical_not(torch.relu(h - 1)) * torch.logical_or(h > 0, x > 1),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_are_numbers_where_numbers_are_meant(mask):
+    @ps.cell
+    def masked(h: ps.State, x: ps.Input):
+        return 0.3 * h + 0.5 * x * (1 + MASKS[mask](h, x))
+
+    torch.manual_seed(0)
+    x, h0, found = 2 * torch.randn(2, 40, 1, 8), torch.randn(2, 1, 8), []
+    for solver in (ps.MultipleShooting(8), None):
+        given = x.double().requires_grad_()
+        y = (
+            ps.scan(masked, given, None, h0.double(), solver=solver)[0]
+            if solver
+            else loop(masked, given, [], h0.double())
+        )
+        y = y if solver else y[:, :, 0]
+        found.append((y.detach(), *torch.autograd.grad(y.square().sum(), given)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)

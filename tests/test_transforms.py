@@ -159,6 +159,13 @@ def test_without_gradients(structure, mode):
     assert all(relative(g, w) <= 1e-9 for g, w in zip(after, by_the_loop, strict=True))
 
 
+def test_functional_transforms_of_a_scan_are_refused():
+    x = torch.randn(1, 256, 3, 4)
+    loss = lambda params: ps.scan(ps.cells.gru, x, params, solver=ps.MultipleShooting(16))[0].sum()
+    with pytest.raises(ps.GradientError, match=r"ps\.scan under torch\.func\.grad"):
+        torch.func.grad(loss)(torch.randn(3, 4))
+
+
 @every_structure
 def test_functional_transforms_of_the_step_see_plain_pytorch(structure):
     """`cell(...)` is the plain function, whatever was traced of it before."""

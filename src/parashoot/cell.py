@@ -234,7 +234,7 @@ def _fingerprint(fn: types.FunctionType, name: str, seen: set) -> tuple:
     for var in reads:
         if var in fn.__globals__:
             found.append((var, _value(fn.__globals__[var], var, code, name, seen)))
-    defaults = _value(fn.__defaults__ or (), "a default", code, name, seen)
+    defaults = _value((fn.__defaults__ or (), fn.__kwdefaults__ or {}), "a default", code, name, seen)
     return (static, tuple(found), defaults)
 
 
@@ -247,6 +247,13 @@ def _constants(code: types.CodeType) -> tuple:
     return tuple(
         (c.co_code, c.co_names, _constants(c)) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """The names of attributes and globals in a function and in those that are written inside it."""
+    inner = (_names(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return tuple(dict.fromkeys((*code.co_names, *itertools.chain.from_iterable(inner))))
 
 
 def _global_reads(code: types.CodeType) -> list[str]:
@@ -276,7 +283,11 @@ def _value(v: Any, var: str, code: types.CodeType, name: str, seen: set) -> Any:
     if isinstance(v, types.ModuleType):
         if module in _STABLE_MODULES:
             return v.__name__
-        return (v.__name__, *((a, _value(getattr(v, a), a, code, name, seen)) for a in code.co_names if hasattr(v, a)))
+        return (v.__name__, *((a, _value(getattr(v, a), a, code, name, seen)) for a in _names(code) if hasattr(v, a)))
+    if isinstance(v, type) and module not in _STABLE_MODULES and not issubclass(v, torch.autograd.Function):
+        members = [] if v in seen else [a for a in _names(code) if hasattr(v, a) and not hasattr(object, a)]
+        seen.add(v)
+        return (f"{module}.{v.__qualname__}", *((a, _member(v, a, code, name, seen)) for a in members))
     if isinstance(v, types.FunctionType) and module not in _STABLE_MODULES:
         return _fingerprint(v, name, seen)
     if is_dataclass(v) and not isinstance(v, type):
@@ -292,6 +303,31 @@ def _value(v: Any, var: str, code: types.CodeType, name: str, seen: set) -> Any:
         f"the step reads '{var}', a {type(v).__name__}, from outside its arguments",
         "A change of it could not be noticed. Read numbers, strings, tuples, dataclasses and functions only.",
     )
+
+
+def _member(kind: type, attribute: str, code: types.CodeType, name: str, seen: set) -> Any:
+    """What a step may read of a class: numbers and functions; of properties and their like only that they are there."""
+    found = inspect.getattr_static(kind, attribute)
+    found = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
+    plain = (
+        type(None),
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        tuple,
+        list,
+        dict,
+        Tensor,
+        Cell,
+        types.FunctionType,
+        type,
+    )
+    if isinstance(found, plain):
+        return _value(found, f"{kind.__qualname__}.{attribute}", code, name, seen)
+    return type(found).__qualname__
 
 
 # Shapes that follow from a cell.

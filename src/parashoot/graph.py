@@ -37,6 +37,9 @@ _RENAMED = {
 }  # fmt: skip
 
 
+_NUMBERS = ("add", "sub", "mul", "div", "pow", "maximum", "minimum", "where", "masked_fill", "copy")
+
+
 class UnknownOperation(Exception):
     """An operation that is not elementwise, so that the traced step is not channelwise."""
 
@@ -258,6 +261,11 @@ def from_fx(module: torch.fx.GraphModule, names: list[str]) -> Graph:
     raise AssertionError("an FX graph ends with an output node")
 
 
+def _dtype(value: Any) -> torch.dtype | None:
+    """Of a node that is a tensor."""
+    return getattr(value.meta.get("tensor_meta"), "dtype", None) if isinstance(value, torch.fx.Node) else None
+
+
 def convert(builder: Builder, node: torch.fx.Node, args: list[Any]) -> Atom:
     """Append an elementwise operation of an FX graph. Raises `UnknownOperation` for others."""
     target: Any = node.target
@@ -265,6 +273,12 @@ def convert(builder: Builder, node: torch.fx.Node, args: list[Any]) -> Atom:
     name = target._schema.name.split("::")[1].rstrip("_")
     op = _RENAMED.get(name, name)
     add = builder.add
+    kinds = [_dtype(a) for a in node.args]
+    if op in _NUMBERS and _dtype(node) != torch.bool:  # a mask among numbers is one, for a sum of two is no "or"
+        mask = {"where": 0, "masked_fill": 1}.get(op)
+        args = [add("where", a, 1.0, 0.0) if kinds[k] == torch.bool and k != mask else a for k, a in enumerate(args)]
+    if name.startswith("logical"):
+        args = [a if kind in (None, torch.bool) else add("ne", a, 0.0) for a, kind in zip(args, kinds, strict=True)]
     if name == "copy":
         return args[1]
     if name in _ALIASES or (name in ("expand", "view") and _is_const(args[0])):

@@ -64,13 +64,13 @@ class RNN(nn.Module):
             bad_value(
                 "hidden_size", str(hidden_size), f"a multiple of the head width {cell.width} of cell '{cell.name}'"
             )
-        if not 0.0 <= dropout < 1.0:
+        if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
             bad_value("dropout", repr(dropout), "a probability in [0, 1)")
-        if recurrent_clip is not None and not recurrent_clip > 0:
+        if recurrent_clip is not None and not (_is_number(recurrent_clip) and recurrent_clip > 0):
             bad_value("recurrent_clip", repr(recurrent_clip), "None or a number > 0")
+        self.initial_bias = bias_ranges(cell, initial_bias)
         if initial_bias and not bias:
             bad_value("initial_bias", repr(initial_bias), "None with bias=False")
-        self.initial_bias = bias_ranges(cell, initial_bias)
         check_solver(solver)
         self.cell, self.input_size, self.hidden_size, self.num_layers = cell, input_size, hidden_size, num_layers
         self.num_heads, self.bias, self.dropout, self.bidirectional = num_heads, bias, float(dropout), bidirectional
@@ -124,12 +124,15 @@ class RNN(nn.Module):
 
         - `h_0` (num_layers * directions, B, S, C): initial states, zeros by default.
         - `reset` (B, T) bool: a new sequence begins at t. `lengths` (B,): number of real steps of each sequence; outputs
-          after them are zero, and h_n is the state after each sequence's own last step (reverse: its first).
+          after them are zero, what stands there in x is not read, and h_n is the state after each sequence's own last step (reverse: its first).
 
         y (B, T, C * directions) in x's dtype; h_n shaped as h_0, in float32 where x is bfloat16 or float16.
         """
         self._check(x, h_0, lengths)
         finals = []
+        if lengths is not None:  # whatever stands there, NaN too
+            beyond = torch.arange(x.shape[1], device=x.device) >= lengths.to(x.device)[:, None]
+            x = x.masked_fill(beyond.view(*beyond.shape, *[1] * (x.dim() - 2)), 0.0)
         out = x
         for layer in range(self.num_layers):
             if layer and self.dropout:
@@ -169,7 +172,7 @@ class RNN(nn.Module):
             shape = (inputs.shape[0], len(self.cell.states), self.hidden_size)
             state = inputs.new_zeros(shape, dtype=dtype) if h is None else h[layer]
             state = advance(cell, state, inputs, params, inplace)
-            out = state[:, self.cell.output].to(inputs.dtype)
+            out = state[:, self.cell.output].to(inputs.dtype, copy=True)  # the next step may overwrite the state
             finals.append(state)
         if inplace and h is not None:
             return out, h
@@ -261,6 +264,10 @@ class RNN(nn.Module):
         return text + f", recurrent_clip={self.recurrent_clip}"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def bias_ranges(cell: Cell, given: Any) -> dict[str, tuple[float, float]]:
     """`initial_bias` of an `RNN` with the two ends of each input. Raises `ArgumentError` and `ArgumentTypeError`."""
     if given is None:
@@ -273,7 +280,7 @@ def bias_ranges(cell: Cell, given: Any) -> dict[str, tuple[float, float]]:
             inputs = ", ".join(cell.inputs)
             bad_value("initial_bias", repr(name), f"one of {inputs}, the inputs of cell '{cell.name}'")
         ends = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
-        numbers = [v for v in ends if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
+        numbers = [v for v in ends if _is_number(v) and abs(v) < 1e30]
         if len(numbers) != 2 or len(ends) != 2:
             bad_value(f"initial_bias of {name}", repr(value), "a finite number, or the first and the last as a pair")
         ranges[name] = ends

@@ -63,7 +63,7 @@ def _forward(
         (1.0, 1.0) if plan.chunks == 1 else (float(result.iterations.max()), float(result.iterations.mean()))
     )
     stats = [slowest, mean, result.defect, found.number, float(plan.chunk_length), 0.0]
-    return y, h_n.contiguous(), saved, stats, None
+    return y, h_n.clone(memory_format=torch.contiguous_format), saved, stats, None
 
 
 def _forward_by_kernels(
@@ -303,6 +303,10 @@ def run(
     if plan.autograd and not autocast:
         stats = [1.0, 1.0, 0.0, found.number, float(plan.chunk_length), 0.0]
         return *_looped(x, params, h0, reset, cell, reverse, all_states), stats, None
+    if torch._C._are_functorch_transforms_active():
+        raise GradientError(
+            "ps.scan under torch.func.grad, vmap or their like, which it does not provide. Call torch.autograd.grad on its result."
+        )
     facts = []
     y, h_n = _Direct.apply(facts, cell, reverse, all_states, save, solver, (plan, found), x, h0, reset, *params)  # type: ignore[misc]
     *stats, reported = facts
@@ -335,7 +339,7 @@ def _looped(
     dtype = compute_dtype(x.dtype)
     given = [p.to(dtype) for p in params]
     y, h_n = loop(cell, x.to(dtype), given, h0.to(dtype), reset=reset, reverse=reverse, return_states=all_states)
-    return y.to(x.dtype), h_n.to(h0.dtype)
+    return y.to(x.dtype), h_n.to(h0.dtype, copy=True)  # a step may return its input
 
 
 def as_seen(cell: Cell, params: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

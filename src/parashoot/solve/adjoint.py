@@ -115,11 +115,11 @@ def _cut(v: Tensor, where: Tensor | None) -> Tensor:
 def adjoint_by_sweeps(
     steps: Steps, before: Tensor, cots: Cotangents, tol: float, limit: int | None = None
 ) -> Gradients | None:
-    """Gradients by iterating on the boundary gradients, no Jacobian formed; at most n sweeps.
+    """Gradients by iterating on the boundary gradients, no Jacobian formed; at most n sweeps, until those differ by `tol` and by ever less.
 
     Where a sweep brings chunks hardly nearer to each other, the rest run one after another; with a `limit`, None then and after so many sweeps.
     """
-    sweeps, n, largest = 0, before.shape[3], math.inf
+    sweeps, n, last = 0, before.shape[3], before.new_zeros(before.shape[2:4])
     beta = torch.zeros_like(before[0])
     beta[:, :, -1] = cots.dh_n
     lams = torch.empty_like(before)
@@ -132,14 +132,16 @@ def adjoint_by_sweeps(
         unchanged = (defect == 0) | (incoming.isnan() & beta[:, :, : live - 1].isnan())
         exact = unchanged.transpose(0, 2).flatten(1).all(1).flip(0)
         live_next = live - 1 - int(exact.long().cumprod(0).sum())
+        if live_next <= 0:
+            break
         scale = alpha.nan_to_num(0.0, 0.0, 0.0).abs().amax((0, *range(2, alpha.dim())), keepdim=True)
         outside = ~((defect.abs() <= tol * scale) | unchanged)
-        if live_next <= 0 or not bool(outside.any()):
-            break
-        sweeps += 1
         apart = torch.where(unchanged, 0.0, defect.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny))
-        last, largest = largest, float(apart.nan_to_num(math.inf).max())
-        stuck = largest > NEARER * last
+        now = torch.zeros_like(last)  # by the end of each chunk
+        now[:, : live - 1] = apart.nan_to_num(math.inf).transpose(0, 1).movedim(2, 1).flatten(2).amax(2)
+        if not bool(outside.any() | (now[:, :-1] > NEARER * last[:, 1:]).any()):
+            break
+        stuck, last, sweeps = sweeps > 0 and bool(now.max() > NEARER * last.max()), now, sweeps + 1
         if limit is not None and (stuck or sweeps == limit):
             return None
         if stuck:

@@ -52,8 +52,8 @@ def loop(
             state = [v.masked_fill(blocked, 0.0) for v in state]
         state = cell.new_states(state, inputs[t * gates : (t + 1) * gates], given)
         for record, i in zip(records, wanted, strict=True):
-            record.append(state[i])
-    ys = [_sized(torch.stack(r[::-1] if reverse else r, 1), (batch, time, *shape[1:])) for r in records]
+            record.append(_sized(state[i], shape))
+    ys = [torch.stack(r[::-1] if reverse else r, 1) for r in records]
     last = [_sized(v, shape) for v in state]
     last = torch.stack(last, 1) if len(last) > 1 else last[0].unsqueeze(1)
     y = torch.stack(ys, 2) if return_states else ys[0]

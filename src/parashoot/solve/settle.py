@@ -30,6 +30,8 @@ def read(first: Tensor | None, last: Tensor, steps: int, passes: int, tol: float
     """Waits for the device: contraction of a pass, steps in which a change of `first` (None: of 1) shrinks to `tol` if it shrank to
     `last` in `steps`, and `last`."""
     a, b = torch.stack([torch.ones_like(last) if first is None else first, last]).tolist()
+    if passes > 1 and 0 < a <= b:
+        return 1.0, math.inf, b
     if passes == 1 or not b < a:
         return 0.0, (1.0 if b <= tol else math.inf), b
     least = max(tol, 1e-30)

@@ -125,9 +125,9 @@ def shoot(
     """Solve h_t = f(h_{t-1}, x_t) for all t from `h0` (S, B, F).
 
     Stops when every defect and every predicted correction is within `tol` of max(1, |state|), or roundings keep both from it
-    (`_rounded`), or when all is exact. With a
-    tolerance `lazy`, the first update is made without Jacobians, and they are formed only if the defects after it exceed that
-    tolerance. After `patience` sweeps, or one without Jacobians that brought chunks hardly nearer to each other, those that are not exact
+    (`_rounded`), or when all is exact. Without Jacobians no correction is predicted: there a sweep has to shrink the defects as well, to
+    `NEARER` of those before it. With a tolerance `lazy`, the first update is made without Jacobians, and they are formed only if the defects
+    after it exceed that tolerance or have not shrunk. After `patience` sweeps, or one without Jacobians that brought chunks hardly nearer to each other, those that are not exact
     yet run one after another; `patience` None: never. Raises `ConvergenceError` if
     `max_iters` sweeps were not enough.
     """
@@ -140,7 +140,7 @@ def shoot(
         return Outcome(ys, torch.ones(1, dtype=torch.float64), 0.0)
     iterations = torch.ones(batch, dtype=torch.float64, device=h0.device)
     first, base, chunk_maps = 0, 0, None  # chunks before `first` are exact; chunk_maps are those of chunks from `base`
-    sweeps, largest, before = 0, torch.full_like(iterations, math.inf, dtype=ys.dtype), math.inf
+    sweeps, largest, before = 0, torch.full_like(iterations, math.inf, dtype=ys.dtype), ys.new_zeros(batch, n)
     while True:
         live = steps.part(slice(first, None))
         sweep(live, start[:, :, first:], ys[:, :, :, first:])
@@ -158,7 +158,16 @@ def shoot(
         allowed = size * (lazy if bare and lazy is not None else tol)
         outside = ~(defect.abs() <= allowed)
         within = not bool(outside.any())
-        if bare and (within or jacobian == "zero" or sweeps == 1):
+        stuck, rested = False, within
+        if bare:  # a small defect says how wrong a result is only if chunks shrink what their starts are wrong by
+            now = ys.new_zeros(batch, n)  # by the start of each chunk
+            now[:, first + 1 :] = (
+                (defect.abs() / size).nan_to_num(math.inf).transpose(0, 1).movedim(2, 1).flatten(2).amax(2)
+            )
+            rested = within and bool((now[:, 1:] <= NEARER * before[:, :-1]).all())
+            stuck = sweeps > 1 and bool(now.max() > NEARER * before.max())
+            before, outside = now, outside | ((defect != 0) & (not rested))
+        if bare and (rested or jacobian == "zero" or sweeps == 1):
             correction = torch.zeros_like(ends)
         else:
             if chunk_maps is None or not within:
@@ -177,11 +186,7 @@ def shoot(
         iterations = torch.where(unsolved, sweeps + 1.0, iterations)
         if sweeps == max_iters:
             raise ConvergenceError(sweeps, float(defect.abs().max()), tol, n)
-        stuck = False
-        if jacobian == "zero" and patience is not None:
-            now = float((defect.abs() / size).nan_to_num(math.inf).max())
-            before, stuck = now, now > NEARER * before
-        if sweeps == patience or stuck:
+        if sweeps == patience or (jacobian == "zero" and patience is not None and stuck):
             for c in range(first_next, n):
                 start[:, :, c] = ys[-1, :, :, c - 1]
                 sweep(steps.part(slice(c, c + 1)), start[:, :, c : c + 1], ys[:, :, :, c : c + 1])

@@ -6,7 +6,9 @@ holds as many whole heads of WIDTH as fit; matrices lie in it block-diagonally. 
 SHOOT, a program for each NC rows and a tile: lead into each chunk over `burn` positions from zero, run through it, storing results;
     record starts and ends.
 CORRECT, a program for all rows of some sequences: where each end agrees with the next start, or a chunk is ALONE, it ends. Else each row
-    starts from the end before it, and so on: after k passes k chunks are exact. What PATIENCE passes have not brought together, or a
+    starts from the end before it, and so on: after k passes k chunks are exact. To agree is to be within the tolerance and to show that
+    the cell forgets, for what is small may grow: the lead from zero has come far nearer to the end than zero is, or else (such a row is vague)
+    the next pass brings those rows nearer. What PATIENCE passes have not brought together, or a
     pass hardly nearer (the cell does not forget), runs in order, from where it is exact if nothing is summed up over all of time; with
     heads APART, which takes several times as long, where a step is not finite: in a block-diagonal product that would spread to other
     heads.
@@ -118,8 +120,11 @@ def {name}_compare(
     bad = {apart}
     $r{i} = tl.where(r{i} < 1e38, r{i}, 1e38)$
     largest = {largest_r}
+    $o{i} = tl.abs(finite(o{i}, 1e30))$
+    vague = largest > {forgotten} * tl.max({largest_o}, 1)[:, None]
     unmet = tl.max(tl.max(tl.where(bad, largest, 0.0), 1), 0)
-    return tl.max(tl.max(bad.to(tl.int32), 1), 0), tl.max(tl.max(largest, 1), 0), unmet
+    blur = tl.max(tl.max(tl.where(vague, largest, 0.0), 1), 0)
+    return tl.max(tl.max(bad.to(tl.int32), 1), 0), tl.max(tl.max(largest, 1), 0), unmet, blur
 """
 )
 
@@ -138,14 +143,17 @@ def {name}_correct(
     for part in range(parts):
         odd = tl.maximum(odd, tl.load(facts_ptr + (group * parts + part) * tiles + tile))
     bad = 0 * tile
+    vague = 0 * tile
     defect = 0.0
     passes = 1 + 0 * tile
     skip = 0 * tile  # zero, and no constant: one compiled function serves corrections and the pass in order
     if not ALONE:
-        bad, defect, unmet = {name}_compare(group * NC, tile, starts_ptr, ends_ptr, C, per, chunks, batch, tol, floor, NC, BD, WIDTH, WIDE)
-        going = (bad > 0) & (odd == 0.0) & (most > 1)
+        bad, defect, unmet, blur = {name}_compare(group * NC, tile, starts_ptr, ends_ptr, C, per, chunks, batch, tol, floor, NC, BD, WIDTH, WIDE)
+        vague = (blur > 0.0).to(tl.int32)
+        going = (bad + vague > 0) & (odd == 0.0) & (most > 1)
         while going:
             before = unmet
+            last = tl.maximum(unmet, blur)
             tl.debug_barrier()  # other threads wrote what is now read, and written again
             odd = {name}_again(
                 group * NC, NC + skip, tile, group * parts, parts, skip, CL, {arguments},
@@ -153,10 +161,11 @@ def {name}_correct(
                 NC, BD, WIDTH, FAST, True, WIDE, False, False, False,
             )
             tl.debug_barrier()
-            bad, defect, unmet = {name}_compare(group * NC, tile, starts_ptr, ends_ptr, C, per, chunks, batch, tol, floor, NC, BD, WIDTH, WIDE)
+            bad, defect, unmet, blur = {name}_compare(group * NC, tile, starts_ptr, ends_ptr, C, per, chunks, batch, tol, floor, NC, BD, WIDTH, WIDE)
+            vague = (blur > {nearer} * last).to(tl.int32)
             passes += 1
             going = (bad > 0) & (odd == 0.0) & (passes < most) & (passes < {patience}) & (unmet < {nearer} * before)
-    unsolved = (bad > 0) | (odd > 0.0)
+    unsolved = (bad + vague > 0) | (odd > 0.0)
     again = unsolved & (passes < most)
     rows = NC // per + skip
     if not ALONE:
