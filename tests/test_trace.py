@@ -337,6 +337,15 @@ def test_parameter_kinds():
         parameter_kinds(impossible)
 
 
+def test_an_operation_that_a_graph_cannot_repeat_is_named():
+    @ps.cell
+    def gamma(h: ps.State, x: ps.Input):
+        return 0.1 * torch.digamma(0.1 * h * h + 1) + x
+
+    with pytest.raises(ps.CellError, match="its canonical graph does not run: .*polygamma"):
+        ps.scan(gamma, torch.randn(1, 8, 1, 3))
+
+
 def test_a_step_may_call_other_functions_and_use_python_numbers():
     def gate(v, gain):
         return torch.sigmoid(gain * v) if gain > 1 else softplus(v)

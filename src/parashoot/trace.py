@@ -203,17 +203,11 @@ def _trace_channelwise(cell: Cell, dtype: torch.dtype, device: torch.device, fea
     for given in (arguments, [6 * a - 3 for a in arguments]):  # of one sign, and of both
         try:
             computed = whole.compile(dtype)(*given)
-        except (
-            RuntimeError,
-            TypeError,
-        ) as e:  # an operation that takes what a graph does not tell apart, such as integers
+        except (RuntimeError, TypeError) as e:  # of integers, say, which a graph does not tell from numbers
             bad_cell(cell.name, f"its canonical graph does not run: {e}", "Write that operation with others.")
         if not all(v is None or _equal(_filled(u, given[0]), v) for u, v in zip(computed, fx(*given), strict=True)):
-            bad_cell(
-                cell.name,
-                "its canonical graph computes something else than the step",
-                "Please report it, with the step.",
-            )
+            problem = "its canonical graph computes something else than the step"
+            bad_cell(cell.name, problem, "Please report it, with the step.")
     new, d_states, d_inputs, d_params = _split([slots, slots, inputs, params])
     builder = Builder(names)
     outputs = builder.inline(whole.select(new), {})
