@@ -342,7 +342,7 @@ def test_an_operation_that_a_graph_cannot_repeat_is_named():
     def gamma(h: ps.State, x: ps.Input):
         return 0.1 * torch.digamma(0.1 * h * h + 1) + x
 
-    with pytest.raises(ps.CellError, match="its canonical graph does not run: .*polygamma"):
+    with pytest.raises(ps.CellError, match=r"its canonical graph does not run: .*polygamma"):
         ps.scan(gamma, torch.randn(1, 8, 1, 3))
 
 

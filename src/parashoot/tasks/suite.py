@@ -265,7 +265,7 @@ SUITES: dict[str, dict[str, Any]] = {
             {
                 "task": "keep_nth", "models": ["cell:lstm"], "initial_bias": {"f": 3.3, "z": 8.0, "o": 9.0},
                 "initial_recurrent": {"a_z": -9.0, "p_f": -14.6, "p_o": -12.0}, "recurrent_clip": None, "length": 24,
-                "curriculum": [8, 12, 16, 20], "learned": 0.95, "test_lengths": [24, 100], "steps": 40_000, "validate_every": 2500,
+                "curriculum": [8, 12, 16, 20], "learned": 0.95, "test_lengths": [24, 100], "steps": 120_000, "validate_every": 5000,
                 "stop_early": False, "learning_rates": [1e-3],
             },
             {
