@@ -305,27 +305,16 @@ def _value(v: Any, var: str, code: types.CodeType, name: str, seen: set) -> Any:
     )
 
 
+_READABLE = (
+    type(None), bool, int, float, complex, str, bytes, tuple, list, dict, Tensor, Cell, types.FunctionType, type,
+)  # fmt: skip
+
+
 def _member(kind: type, attribute: str, code: types.CodeType, name: str, seen: set) -> Any:
     """What a step may read of a class: numbers and functions; of properties and their like only that they are there."""
     found = inspect.getattr_static(kind, attribute)
     found = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
-    plain = (
-        type(None),
-        bool,
-        int,
-        float,
-        complex,
-        str,
-        bytes,
-        tuple,
-        list,
-        dict,
-        Tensor,
-        Cell,
-        types.FunctionType,
-        type,
-    )
-    if isinstance(found, plain):
+    if isinstance(found, _READABLE):
         return _value(found, f"{kind.__qualname__}.{attribute}", code, name, seen)
     return type(found).__qualname__
 
