@@ -165,7 +165,8 @@ class Settings:
     gain: float = 0.5
 
 
-SETTINGS = Settings()
+SETTINGS, KNOBS = Settings(), types.ModuleType("knobs")
+vars(KNOBS)["gain"] = 0.5
 
 
 class Constants:
@@ -231,7 +232,7 @@ def reads_a_keyword_default(h: ps.State, x: ps.Input):
 
 @ps.cell
 def reads_in_a_lambda(h: ps.State, x: ps.Input):
-    return (lambda v: OPTIONS.gain * v)(h) + x
+    return (lambda v: KNOBS.gain * v)(h) + x
 
 
 def changes(monkeypatch):
@@ -244,7 +245,7 @@ def changes(monkeypatch):
         reads_a_class: lambda: monkeypatch.setattr(Constants, "gain", -0.9),
         reads_a_static_method: lambda: monkeypatch.setattr(Constants, "squash", staticmethod(sine)),
         reads_a_keyword_default: lambda: monkeypatch.setattr(keyword, "__kwdefaults__", {"gain": -0.9}),
-        reads_in_a_lambda: lambda: monkeypatch.setattr(OPTIONS, "gain", -0.9),
+        reads_in_a_lambda: lambda: monkeypatch.setattr(KNOBS, "gain", -0.9),
     }
 
 

@@ -38,6 +38,7 @@ _RENAMED = {
 
 
 _NUMBERS = ("add", "sub", "mul", "div", "pow", "maximum", "minimum", "where", "masked_fill", "copy")
+"""Operations on numbers, in which a mask among the operands stands for 1 and 0."""
 
 
 class UnknownOperation(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -265,7 +266,7 @@ class RNN(nn.Module):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def bias_ranges(cell: Cell, given: Any) -> dict[str, tuple[float, float]]:
@@ -280,8 +281,7 @@ def bias_ranges(cell: Cell, given: Any) -> dict[str, tuple[float, float]]:
             inputs = ", ".join(cell.inputs)
             bad_value("initial_bias", repr(name), f"one of {inputs}, the inputs of cell '{cell.name}'")
         ends = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
-        numbers = [v for v in ends if _is_number(v) and abs(v) < 1e30]
-        if len(numbers) != 2 or len(ends) != 2:
+        if len(ends) != 2 or not all(_is_number(v) and abs(v) < 1e30 for v in ends):
             bad_value(f"initial_bias of {name}", repr(value), "a finite number, or the first and the last as a pair")
         ranges[name] = ends
     return ranges

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..layers import RNN
 from ..plan import Sequential
-from ..solve.sequential import loop
 from .model import ParaRNNForCausalLM
 
 
@@ -64,8 +63,22 @@ def layer_speed(model: ParaRNNForCausalLM, tokens: Tensor, repeats: int = 5) -> 
 
 def plain_loop(layer: RNN, x: Tensor) -> Tensor:
     """The layer as a user of plain PyTorch would write it: one projection of x (B, T, D), then a loop over `cell.step`."""
-    cell, z, params = layer.prepared(x)
-    return loop(cell, z.flatten(3), params)[0]
+    cell, heads, gates = layer.cell, layer.num_heads, len(layer.cell.inputs)
+    weight = layer.get_parameter("weight_ih_l0")
+    z = torch.einsum("bthi,hoi->btho", x.unflatten(-1, (heads, -1)), weight)
+    z = z.unflatten(-1, (gates, -1)).transpose(2, 3).flatten(3)
+    if layer.bias:
+        z = z + layer.get_parameter("bias_l0")
+    params = layer.recurrent()
+    if cell.width:
+        z = z.unflatten(-1, (-1, cell.width))
+        params = [p.unflatten(0, (-1, cell.width)) if p.dim() == 1 else p for p in params]
+    states, outputs = (torch.zeros_like(z[:, 0, 0]),) * len(cell.states), []
+    for inputs in z.unbind(1):
+        states = cell.new_states(states, inputs.unbind(1), params)
+        outputs.append(states[cell.output])
+    y = torch.stack(outputs, 1)
+    return y.flatten(-2) if cell.width else y
 
 
 def _first_layer(model: ParaRNNForCausalLM, tokens: Tensor) -> tuple[RNN, Tensor]:

@@ -27,7 +27,7 @@ def relative_moves(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
 
 
 def read(first: Tensor | None, last: Tensor, steps: int, passes: int, tol: float) -> tuple[float, float, float]:
-    """Waits for the device: contraction of a pass, steps in which a change of `first` (None: of 1) shrinks to `tol` if it shrank to
+    """Waits for the device: contraction of a pass (1 if it shrank nothing), steps in which a change of `first` (None: of 1) shrinks to `tol` if it shrank to
     `last` in `steps`, and `last`."""
     a, b = torch.stack([torch.ones_like(last) if first is None else first, last]).tolist()
     if passes > 1 and 0 < a <= b:

@@ -165,7 +165,8 @@ def shoot(
                 (defect.abs() / size).nan_to_num(math.inf).transpose(0, 1).movedim(2, 1).flatten(2).amax(2)
             )
             rested = within and bool((now[:, 1:] <= NEARER * before[:, :-1]).all())
-            stuck = sweeps > 1 and bool(now.max() > NEARER * before.max())
+            waits = jacobian == "zero" and patience is not None and sweeps > 1
+            stuck = waits and bool(now.max() > NEARER * before.max())
             before, outside = now, outside | ((defect != 0) & (not rested))
         if bare and (rested or jacobian == "zero" or sweeps == 1):
             correction = torch.zeros_like(ends)
@@ -186,7 +187,7 @@ def shoot(
         iterations = torch.where(unsolved, sweeps + 1.0, iterations)
         if sweeps == max_iters:
             raise ConvergenceError(sweeps, float(defect.abs().max()), tol, n)
-        if sweeps == patience or (jacobian == "zero" and patience is not None and stuck):
+        if sweeps == patience or stuck:
             for c in range(first_next, n):
                 start[:, :, c] = ys[-1, :, :, c - 1]
                 sweep(steps.part(slice(c, c + 1)), start[:, :, c : c + 1], ys[:, :, :, c : c + 1])

@@ -374,8 +374,8 @@ def _module(
     }  # fmt: skip
     if s.width is not None:
         blocks |= {"apart": " | ".join(f"~(r{i} <= tol * tl.maximum(z{i}, floor))" for i in slots), "finish": finish}
-        # Chunks that corrections have made exact and written themselves; of all of time where sums are over it.
         blocks |= {"nearer": NEARER, "forgotten": NEARER**2, "largest_o": largest([f"o{i}" for i in slots])}
+        # Chunks that corrections have made exact and written themselves; of all of time where sums are over it.
         blocks["known"] = "skip" if clear else "passes - 1"
         blocks |= {"lead": loop(False, False, s.unroll, s.stages), "write": loop(False, True, s.unroll, s.stages)}
         text = [fill(t, s.slots, blocks | {"fixed": str(fixed(t))}) for t in head_skeleton.TEXTS]
