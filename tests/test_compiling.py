@@ -94,3 +94,26 @@ def test_what_fails_ahead_fails_again_where_it_is_needed(anywhere):
     compiling.compile_together([job(lambda: None)], x, lambda: pair)
     with pytest.raises(ValueError, match="no such register"):
         compiling.compile_together(pair, x)
+
+
+def test_triton_hashes_itself_while_a_cell_is_traced(monkeypatch):
+    compiling.hashing.cache_clear()
+    monkeypatch.setattr(compiling, "THREADS", False)  # as before Python 3.12
+    assert compiling.hashing() is None
+    compiling.hashing.cache_clear()
+    monkeypatch.setattr(compiling, "THREADS", True)
+    hashed = compiling.hashing()
+    assert hashed is not None and hashed is compiling.hashing()
+    assert hashed.result() == compiling.cache.triton_key()
+    compiling.hashing.cache_clear()
+
+
+def test_what_is_compiled_waits_for_the_hash(monkeypatch):
+    order, done = [], compiling.Future()
+    monkeypatch.setattr(done, "exception", lambda: order.append("hash"))
+    monkeypatch.setattr(compiling, "hashing", lambda: done)
+    monkeypatch.setattr(compiling, "THREADS", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(compiling, "_begin", lambda jobs, device: order.append("compile") or [])
+    compiling.compile_together([(object(), (1,), {}), (object(), (1,), {})], torch.zeros(1))
+    assert order == ["hash", "compile"]

@@ -6,6 +6,7 @@ Being an operator with fake kernels, it is opaque to `torch.compile`. Its implem
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,17 @@ from torch import Tensor
 
 from .cell import Cell, feature_shape, get_cell, gradient_like, sizes
 from .errors import ConvergenceError, GradientError
-from .plan import MultipleShooting, Plan, Sequential, Solver, backend_for, compute_dtype, plan_for, tolerance_backward
+from .plan import (
+    MultipleShooting,
+    Plan,
+    Sequential,
+    Solver,
+    backend_for,
+    compute_dtype,
+    plan_for,
+    tolerance_backward,
+    triton_is_installed,
+)
 from .solve.adjoint import Cotangents, Gradients, adjoint, adjoint_by_sweeps
 from .solve.layout import Layout
 from .solve.linear import Algebra
@@ -297,6 +308,7 @@ def run(
         options = (cell.key, reverse, all_states, save, report, *encode(solver))
         y, h_n, _, stats, facts = scan_op(x, params, h0, reset, *options)
         return y, h_n, stats, facts
+    _begin(x.device.type)
     plan, found = plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)
     x = x.flatten(3) if plan.tiling is None else x
     autocast = torch.is_autocast_enabled(x.device.type)  # it would reach a backward pass run inside it
@@ -311,6 +323,15 @@ def run(
     y, h_n = _Direct.apply(facts, cell, reverse, all_states, save, solver, (plan, found), x, h0, reset, *params)  # type: ignore[misc]
     *stats, reported = facts
     return y, h_n, stats, reported
+
+
+@functools.cache
+def _begin(device: str) -> None:
+    """Begin with what the first kernel of this process would wait for after the first trace."""
+    if device == "cuda" and triton_is_installed():
+        from .triton.compiling import hashing
+
+        hashing()
 
 
 def advance(cell: Cell, state: Tensor, inputs: Tensor, params: list[Tensor], inplace: bool) -> Tensor:

@@ -189,7 +189,7 @@ def _kernel_jacobian(cell: Cell) -> str:
 
 
 @functools.cache
-def _triton_is_installed() -> bool:
+def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
@@ -218,7 +218,7 @@ def no_kernel(
             return (
                 f"kernels take chunks of at least {SHORTEST_KERNEL_CHUNK} steps, and chunk_length={solver.chunk_length}"
             )
-    if not _triton_is_installed():
+    if not triton_is_installed():
         return "Triton is not installed (pip install triton)"
     asked = isinstance(solver, MultipleShooting) and solver.backend == "triton"
     if device.type == "cpu" and not (asked and os.environ.get("TRITON_INTERPRET") == "1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import cache
 
 Job = tuple[Any, tuple[int, ...], dict[str, Any]]  # a kernel, its grid, its arguments
 
@@ -27,6 +29,8 @@ def compile_together(jobs: list[Job], x: Tensor, follow: Callable[[], list[Job]]
     key = _key(jobs, x)
     if key in _compiled:
         return
+    if (hashed := hashing()) is not None:
+        hashed.exception()  # waits
     for future in _begun.pop(key, []):
         future.exception()  # waits; what failed is compiled again, where the error is seen
     if not THREADS or torch.cuda.is_current_stream_capturing():
@@ -37,6 +41,14 @@ def compile_together(jobs: list[Job], x: Tensor, follow: Callable[[], list[Job]]
     if len(jobs) > 1:
         for future in _begin(jobs, x.device):
             future.result()
+
+
+@functools.cache
+def hashing() -> Future[str] | None:
+    """Triton's hash of its own files, part of the name under which it keeps what it compiled: it takes a third of a second, outside
+    Python's lock, and so is begun before a cell is traced. None where it cannot be."""
+    key = getattr(cache, "triton_key", None)  # which remembers it
+    return _submitted([key])[0] if THREADS and key is not None else None
 
 
 def _key(jobs: list[Job], x: Tensor) -> tuple:
@@ -50,7 +62,12 @@ def _begin(jobs: list[Job], device: torch.device) -> list[Future]:
         with torch.cuda.device(device):
             kernel.warmup(**arguments, grid=grid)
 
-    pool = ThreadPoolExecutor(len(jobs))
-    futures = [pool.submit(compile_one, job) for job in jobs]
+    return _submitted([functools.partial(compile_one, job) for job in jobs])
+
+
+def _submitted(calls: list[Callable[[], Any]]) -> list[Future]:
+    """Each call in a thread of its own, which ends with it."""
+    pool = ThreadPoolExecutor(len(calls))
+    futures = [pool.submit(call) for call in calls]
     pool.shutdown(wait=False)
     return futures
