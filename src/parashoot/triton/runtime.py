@@ -15,15 +15,20 @@ from ..cell import Cell, gradient_like, sizes
 from ..tiling import HEAD_ROWS, Tiling, stages_for, unroll_for
 from ..trace import Trace
 from .add_rows import add_rows
-from .compiling import Job, compile_together
+from .compiling import Job, compile_together, uncollected
 from .sweep import Source, backward, decode, forward, source_of
 
 
 @functools.lru_cache(maxsize=512)
 def load(made: Source, direction: str) -> tuple[Any, Any]:
-    """The two kernels of a direction. The text lies in linecache, where Triton and tracebacks find it."""
-    namespace = _execute((forward if direction == "forward" else backward)(made), direction)
-    return namespace[f"{direction}_shoot"], namespace[f"{direction}_correct"]
+    """The two kernels of a direction, read by Triton. The text lies in linecache, where Triton and tracebacks find it."""
+    text = (forward if direction == "forward" else backward)(made)
+    with uncollected():
+        namespace = _execute(text, direction)
+        kernels = namespace[f"{direction}_shoot"], namespace[f"{direction}_correct"]
+        for kernel in kernels:
+            getattr(kernel, "cache_key", None)  # parses the text; interpreted kernels have none
+    return kernels
 
 
 @functools.lru_cache(maxsize=512)
