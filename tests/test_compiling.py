@@ -1,7 +1,6 @@
 """When kernels are compiled: what is compiled ahead is what will run; errors are seen where they belong."""
 
 import contextlib
-import gc
 import threading
 from types import SimpleNamespace
 
@@ -118,16 +117,3 @@ def test_what_is_compiled_waits_for_the_hash(monkeypatch):
     monkeypatch.setattr(compiling, "_begin", lambda jobs, device: order.append("compile") or [])
     compiling.compile_together([(object(), (1,), {}), (object(), (1,), {})], torch.zeros(1))
     assert order == ["hash", "compile"]
-
-
-def test_garbage_is_collected_again_after_an_error():
-    assert gc.isenabled()
-    with contextlib.suppress(RuntimeError), compiling.uncollected():
-        assert not gc.isenabled()
-        raise RuntimeError
-    assert gc.isenabled()
-    gc.disable()
-    with compiling.uncollected():
-        pass
-    assert not gc.isenabled()  # as the user left it
-    gc.enable()

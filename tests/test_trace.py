@@ -1,5 +1,6 @@
 """Derivatives from the step: against torch.func and autograd on the plain function; digests; the proof of structure."""
 
+import gc
 import inspect
 import multiprocessing
 import threading
@@ -376,3 +377,18 @@ def test_one_thread_that_stays_makes_all_traces_and_a_fork_has_its_own(monkeypat
     child.start()
     child.join(30)
     assert child.exitcode == 0
+
+
+def test_garbage_is_collected_as_before_after_a_trace_that_fails():
+    @ps.cell
+    def fails(h: ps.State, x: ps.Input):
+        raise RuntimeError(f"on purpose, collecting: {gc.isenabled()}")
+
+    for enabled in (True, False):
+        gc.enable() if enabled else gc.disable()
+        try:
+            with pytest.raises(ps.CellError, match="on purpose, collecting: False"):
+                ps.scan(fails, torch.zeros(1, 2, 1, 3))
+            assert gc.isenabled() is enabled
+        finally:
+            gc.enable()

@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .cell import Cell, parameter_shapes
 from .errors import CellError, StructureError, bad_cell
+from .garbage import uncollected
 from .graph import Builder, Graph, UnknownOperation, from_fx
 from .heads import Sizes
 from .heads import from_fx as heads_from_fx
@@ -34,6 +35,7 @@ from .rules import check_rules, line_of
 Tensors = Sequence[Tensor]
 _traces: dict[tuple, Trace] = {}
 _lock = threading.RLock()
+_decompositions: Callable[[], Any] = functools.cache(lambda: dict(core_aten_decompositions()))  # slow to look through
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +106,7 @@ def trace(cell: Cell, dtype: torch.dtype, device: torch.device, feature: tuple[i
     where = () if cell.structure == "channelwise" else (device.type, feature, param_shapes)
     key = (cell.key, dtype, cell.fingerprint(), *where)
     if key not in _traces:
-        with _lock:
+        with _lock, uncollected():
             make = _trace_channelwise if cell.structure == "channelwise" else _trace_matrix
             _traces[key] = _tracer(os.getpid()).submit(make, cell, dtype, device, feature, param_shapes).result()
     return _traces[key]
@@ -176,12 +178,11 @@ def _trace_channelwise(cell: Cell, dtype: torch.dtype, device: torch.device, fea
         raise
     names = [f"h{i}" for i in range(slots)] + [f"x{i}" for i in range(inputs)] + [f"p{i}" for i in range(params)]
     names += [f"g{i}" for i in range(slots)]
-    decompositions: Any = core_aten_decompositions()
     graphs = []
     for shape in ((2,), (3, 5)):  # the same graph at two shapes: nothing in it depends on the shape
         arguments = [_random(shape, dtype, "cpu", k) for k in range(len(names))]
         try:
-            fx = make_fx(_both_ways(cell), decomposition_table=decompositions)(*arguments)
+            fx = make_fx(_both_ways(cell), decomposition_table=_decompositions())(*arguments)
             graphs.append(from_fx(fx, names))
         except Exception as e:
             op, why = e.args if isinstance(e, UnknownOperation) else ("it fails", f"on states of shape {shape}: {e}")
@@ -323,11 +324,10 @@ def _head_graphs(
     names = [f"{role}{k}" for role, n in roles for k in range(n)]
     matrices = {f"p{k}" for k, s in enumerate(shapes) if len(s) == 3}
     values = [_random(s, torch.float64, "cpu", 7 + k) for k, s in enumerate(sizes)]
-    decompositions: Any = core_aten_decompositions()
     try:
         if width == 1:
             raise UnknownOperation("a head of one channel", "it is channelwise")
-        fx = make_fx(_both_ways(cell), decomposition_table=decompositions)(*values)
+        fx = make_fx(_both_ways(cell), decomposition_table=_decompositions())(*values)
         outputs = [*names[:slots], *names[: len(names) - slots]]
         whole, pairs = heads_from_fx(fx, names, Sizes(rows, heads, width), matrices, outputs)
     except Exception as e:  # PyTorch still runs what has no such graph

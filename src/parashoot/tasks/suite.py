@@ -231,8 +231,8 @@ SUITES: dict[str, dict[str, Any]] = {
         "defaults": {
             "models": ["block:headrotor"], "seeds": [0, 1, 2], "learning_rates": [3e-3], "recurrent_clip": None, "num_layers": 2,
             "initial_bias": {"z": 3.0}, "length": 39, "curriculum": [3, 7, 13, 21, 31], "test_lengths": [39, 127, 255],
-            "train_samples": None, "test_samples": 2000, "batch_size": 128, "weight_decay": 0.1, "steps": 5000,
-            "validate_every": 500, "stop_early": False,
+            "train_samples": None, "test_samples": 2000, "batch_size": 128, "weight_decay": 0.1, "steps": 15_000,
+            "validate_every": 1500, "stop_early": False,
         },
         "runs": [{"task": "arithmetic", "options": {"every": True}}],
     },
@@ -247,7 +247,7 @@ SUITES: dict[str, dict[str, Any]] = {
     "brackets": {
         "defaults": {
             "models": ["block:headlstm"], "seeds": [0, 1, 2], "learning_rates": [3e-3], "recurrent_clip": None, "num_layers": 3,
-            "length": 40, "shortest": 1, "curriculum": [5, 9, 13, 21, 31], "learned": 0.9,
+            "length": 40, "curriculum": [5, 9, 13, 21, 31], "learned": 0.9,
             "test_lengths": [40, 64, 127, 255], "train_samples": None, "test_samples": 2000, "batch_size": 128, "weight_decay": 0.1,
             "steps": 6000, "validate_every": 500, "stop_early": False,
         },

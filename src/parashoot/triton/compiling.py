@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -43,18 +41,6 @@ def compile_together(jobs: list[Job], x: Tensor, follow: Callable[[], list[Job]]
     if len(jobs) > 1:
         for future in _begin(jobs, x.device):
             future.result()
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage is collected: a parser makes so many objects that all those of PyTorch would be gone through several times."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 @functools.cache

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..cell import Cell, gradient_like, sizes
+from ..garbage import uncollected
 from ..tiling import HEAD_ROWS, Tiling, stages_for, unroll_for
 from ..trace import Trace
 from .add_rows import add_rows
-from .compiling import Job, compile_together, uncollected
+from .compiling import Job, compile_together
 from .sweep import Source, backward, decode, forward, source_of
 
 
