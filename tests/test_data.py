@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -324,3 +325,39 @@ def test_misuse_is_one_line(out, capsys, tmp_path):
     assert "not UTF-8" in fails(capsys, "data", new, "--text", str(latin), "--train-bpe", "300")
     assert not Path(new).exists()
     assert main(["data", str(out), "--check"]) == 0
+
+
+def test_a_tokenizer_that_cuts_and_pads_reads_the_whole_text(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    plain = Subwords.train(iter([TEXT.encode()]), 300)
+    ids = plain.encode([TEXT.encode()])
+    cutting = library.Tokenizer.from_str(plain.tokenizer.to_str())
+    cutting.enable_truncation(16)
+    cutting.enable_padding(length=64)
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    assert len(ids[0]) > 64
+    assert Subwords.from_file(tmp_path / "tokenizer.json").encode([TEXT.encode(), b"a"])[0] == ids[0]
+
+
+def test_a_token_that_stands_in_a_text_is_text(tmp_path):
+    pytest.importorskip("tokenizers")
+    trained = Subwords.train(iter([TEXT.encode()]), 300)
+    text = f"before {EOT} after"
+    (ids,) = trained.encode([text.encode()])
+    assert trained.eot not in ids and trained.tokenizer.decode(ids) == text
+
+
+def test_a_vocabulary_reaches_to_its_largest_token(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    words = library.Tokenizer(library.models.WordLevel({EOT: 0, "a": 1, "b": 299}, unk_token=EOT))
+    assert Subwords(words, EOT).vocab_size == 300
+
+
+def test_resets_do_not_copy_the_index():
+    starts = np.arange(0, 10**7, 2, dtype=np.uint64)
+    data = Tokens("many", [np.zeros(10**7, np.uint8)], starts, 10**7)
+    tracemalloc.start()
+    found = data.resets(10**6, 10**6 + 8)
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+    assert found.tolist() == [True, False] * 4

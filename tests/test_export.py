@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from parashoot.errors import ArgumentError
 from parashoot.lm import ParaRNNForCausalLM, generate
 from parashoot.lm.checkpoint import load_model
 from parashoot.lm.export import byte_tokenizer, export, text_tokenizer
-from parashoot.lm.tokenizer import EOT
+from parashoot.lm.tokenizer import EOT, read_tokenizer
 
 tokenizers: Any = pytest.importorskip("tokenizers")
 
@@ -133,3 +134,34 @@ def test_nothing_is_overwritten_and_nothing_half_written(runs, tmp_path, monkeyp
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", full_disk)
     assert main(["export", str(runs / "bytes"), str(tmp_path / "out")]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
+
+
+def test_data_of_another_tokenizer_are_refused(runs, tmp_path, capsys):
+    """Equal vocabularies, another tokenizer: bits per byte would mean nothing."""
+    other, text = tmp_path / "other", runs.parent / "text.txt"
+    text.with_name("others.txt").write_text("".join(f"{a} - {b}; " for a in range(30) for b in range(30)))
+    assert main(["data", str(other), "--text", str(text.with_name("others.txt")), "--train-bpe", "280"]) == 0
+    export(runs / "subwords", tmp_path / "out")
+    capsys.readouterr()
+    for name in (runs / "subwords", runs / "subwords" / "step-000001", tmp_path / "out"):
+        for wrong in (other, runs.parent / "data-bytes"):
+            assert main(["eval", str(name), "--data", str(wrong), "--split", "validation"]) == 2
+            assert "which" in (said := capsys.readouterr().err) and "was trained on" in said
+        assert main(["eval", str(name), "--data", str(runs.parent / "data-subwords"), "--split", "validation"]) == 0
+    export(runs / "bytes", tmp_path / "bytes")
+    for name in (runs / "bytes", tmp_path / "bytes"):
+        assert main(["eval", str(name), "--data", str(runs.parent / "data-bytes"), "--split", "validation"]) == 0
+
+
+def test_a_run_of_subwords_stops_at_the_end_of_a_text(runs, capsys, monkeypatch):
+    seen = []
+
+    def generate(model, ids, count, **options):
+        seen.append(model.config.eos_token_id)
+        return [*ids.tolist(), *ids.tolist()]
+
+    monkeypatch.setattr(sys.modules["parashoot.lm.generate"], "generate", generate)
+    assert main(["generate", "--checkpoint", str(runs / "subwords"), "--prompt", "7 × 8"]) == 0
+    tokenizer = read_tokenizer(runs / "subwords" / "tokenizer.json")
+    assert seen == [tokenizer.token_to_id(EOT)]
+    assert capsys.readouterr().out == "7 × 87 × 87 × 8\n"

@@ -252,3 +252,56 @@ def test_bad_generation_arguments_are_named(model):
         generate_text(model, "a", 3, top_k=0)
     with pytest.raises(ArgumentError, match="prompt"):
         generate_text(model, "", 3)
+
+
+# A cache given to transformers' generate
+
+
+@pytest.mark.parametrize("mixer", ["rnn", "attention"])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 9])
+def test_a_prompt_read_in_chunks_continues_alike(mixer, chunk):
+    model = tiny_model(mixer=mixer, num_heads=4, **({"head_dim": 4} if mixer == "attention" else {}))
+    ids = tokens(2, 9)
+    cache = Cache() if int(transformers.__version__.split(".")[0]) < 5 else None
+    given = {} if cache is None else {"past_key_values": cache}
+    got = model.generate(ids, prefill_chunk_size=chunk, max_new_tokens=6, do_sample=False, **given)
+    assert torch.equal(got[:, 9:], greedy(model, ids, 6))
+
+
+@pytest.mark.parametrize("mixer", ["rnn", "attention"])
+@pytest.mark.parametrize("seen", [1, 5, 8])
+def test_a_cache_is_continued_by_the_whole_text_or_by_what_it_lacks(mixer, seen):
+    model = tiny_model(mixer=mixer, num_heads=4, **({"head_dim": 4} if mixer == "attention" else {}))
+    ids = tokens(2, 9)
+    want, options = greedy(model, ids, 6), {"max_new_tokens": 6, "do_sample": False}
+
+    def past() -> Cache:
+        cache = Cache()
+        with torch.no_grad():
+            model(ids[:, :seen], past_key_values=cache)
+        return cache
+
+    assert torch.equal(model.generate(ids, past_key_values=past(), **options)[:, 9:], want)
+    rest, mask = ids[:, seen:], torch.ones(2, 9, dtype=torch.int64)
+    got = model.generate(rest, past_key_values=past(), attention_mask=mask, **options)
+    assert torch.equal(got[:, 9 - seen :], want)
+    if seen >= 9 - seen:
+        with pytest.raises(ArgumentError, match=f"a past of {seen} tokens before a text of {9 - seen}"):
+            model.generate(rest, past_key_values=past(), **options)
+
+
+def test_a_cache_that_has_seen_the_whole_text_is_refused(model):
+    ids, cache = tokens(2, 9), Cache()
+    model(ids, past_key_values=cache)
+    with pytest.raises(ArgumentError, match="a past of 9 tokens before a text of 9"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
+
+
+def test_embeddings_beside_a_cache_are_those_of_the_whole_text(model):
+    ids, cache = tokens(2, 9), Cache()
+    embedded = model.get_input_embeddings()(ids)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(inputs_embeds=embedded, **options), greedy(model, ids, 4))
+    model(ids[:, :6], past_key_values=cache)
+    with pytest.raises(ArgumentError, match="a past of 6 tokens"):
+        model.generate(inputs_embeds=embedded[:, 6:], past_key_values=cache, **options)

@@ -454,3 +454,52 @@ import parashoot.lm
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert "parashoot train: parashoot.lm needs transformers: pip install 'parashoot[lm]'." in done.stderr
     assert done.stderr.strip().endswith("parashoot.lm needs transformers: pip install 'parashoot[lm]'.")
+
+
+def test_a_mask_over_the_new_tokens_alone_is_refused(model):
+    ids, cache = tokens(2, 8), Cache()
+    model(ids[:, :4], torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]), cache)
+    with pytest.raises(ArgumentError, match=r"\(2, 8 or more\)"):
+        model(ids[:, 4:], torch.ones(2, 4, dtype=torch.int64), cache)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_padding_would_predict_is_not_scored(model, training):
+    model.train(training)
+    ids, text = tokens(1, 12), tokens(1, 12)[:, 5:]
+    mask, labels = torch.ones(1, 12, dtype=torch.int64), ids.clone()
+    mask[:, :5] = 0
+    labels[:, :5] = -100
+    close(model(ids, mask, labels=labels).loss, model(text, labels=text).loss)
+
+
+@pytest.mark.parametrize("head", [torch.nn.Linear(16, 256), torch.nn.Sequential(torch.nn.Linear(16, 256, bias=False))])
+def test_the_loss_of_another_head_is_refused(model, head):
+    model.lm_head, ids = head.double(), tokens(1, 6)
+    assert model(ids).logits.shape == (1, 6, 256)
+    with pytest.raises(ArgumentTypeError, match="lm_head"):
+        model(ids, labels=ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [({"cell": "headgru", "num_heads": 2}, "bias_l0"), ({"initial_bias": {"z": -3}}, "weight_hh_l0"), ({"cell": "slstm"}, "weight_ih_l0")],
+)  # fmt: skip
+def test_what_a_file_holds_is_not_drawn_anew_for_what_it_lacks(tmp_path, changes, missing):
+    model = tiny_model(**changes)
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith(missing)}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = ParaRNNForCausalLM.from_pretrained(tmp_path, **in_dtype(torch.float64))
+    found = loaded.state_dict()
+    assert len(state) < len(found) and all(torch.equal(found[k], v) for k, v in state.items())
+    loaded.reset_parameters()  # draws all
+    names = [k for k in state if "weight_hh" in k or "weight_ih" in k]
+    assert all(not torch.equal(loaded.state_dict()[k], state[k]) for k in names)
+
+
+@pytest.mark.parametrize("given", [{"z": (-6, 0)}, {"z": [-6, 0]}, {"z": -2, "r": 1.5}])
+def test_biases_survive_a_round_trip(tmp_path, given):
+    config = TINY.replace(initial_bias=given)
+    config.save_pretrained(tmp_path)
+    assert ParaRNNConfig.from_pretrained(tmp_path) == config
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()

@@ -316,3 +316,23 @@ def test_masks_are_numbers_where_numbers_are_meant(mask):
         found.append((y.detach(), *torch.autograd.grad(y.square().sum(), given)))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cell", ["gru", "slstm", "headgru"])
+def test_what_points_outward_is_dropped_from_a_sum_of_passes(cell):
+    torch.manual_seed(0)
+    layer = ps.RNN(getattr(ps.cells, cell), 4, 16, num_heads=2, recurrent_clip=0.2).double()
+    for name, p in layer.named_parameters():
+        if name.startswith("weight_hh"):
+            torch.nn.init.normal_(p)
+    x, target = torch.randn(6, 9, 4, dtype=torch.float64), torch.randn(6, 9, 16, dtype=torch.float64)
+    grads = lambda: {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+    (layer(x)[0] * target).sum().backward()
+    whole = grads()
+    layer.zero_grad()
+    layer.drops_outward = False
+    for k in range(6):
+        (layer(x[k : k + 1])[0] * target[k : k + 1]).sum().backward()
+    layer.drop_outward()
+    for name, grad in grads().items():
+        torch.testing.assert_close(grad, whole[name], rtol=1e-9, atol=1e-12)

@@ -74,3 +74,120 @@ def test_a_cell_that_forgets_takes_no_more_sweeps():
     x, W = torch.randn(1, 2048, 1, 8), 0.5 * torch.eye(8)
     _, _, info = ps.scan(dense, x, [W], solver=ps.MultipleShooting(64, jacobian="zero"), return_info=True)
     assert info.iterations == 2
+
+
+# Steps whose derivative is zero where chunks begin
+
+
+@ps.cell
+def logistic(h: ps.State, x: ps.Input):
+    return torch.relu(h + x * h * (1 - h))
+
+
+@ps.cell
+def rectified(h: ps.State, x: ps.Input):
+    return torch.relu(1.05 * h + x)
+
+
+@ps.cell
+def folded(h: ps.State, x: ps.Input):
+    return torch.tanh(1.06 * h.abs() + x)
+
+
+@ps.cell
+def chosen(h: ps.State, x: ps.Input):
+    return torch.where(h > 0, torch.tanh(1.06 * h), 0.0) + x
+
+
+@ps.cell
+def floored(h: ps.State, k: ps.State, x: ps.Input):
+    return torch.maximum(1.05 * h, 0.0 * h) + x, 0.5 * k + h
+
+
+KINKED = [logistic, rectified, folded, chosen, floored]
+ways = {
+    "default": None,
+    "shooting": ps.MultipleShooting(64),
+    "newton": ps.Newton(),
+    "diagonal": ps.MultipleShooting(64, jacobian="diagonal"),
+    "kernels": ps.MultipleShooting(128, backend="triton"),
+}
+
+
+@pytest.mark.parametrize(
+    ("cell", "way"),
+    [(c, way) for c in KINKED for way in ways if way != "kernels" or c in (logistic, floored)],  # which take seconds
+    ids=lambda v: getattr(v, "name", v),
+)
+def test_a_derivative_of_zero_at_zero_proves_nothing(cell, way):
+    if way == "kernels":
+        pytest.importorskip("triton")
+    x, h0 = torch.zeros(1, 512, 1, 2), torch.zeros(1, len(cell.states), 2)
+    h0[:, 0] = 1e-8
+    if cell is logistic:
+        x += 0.06
+    want = loop(cell, x.double(), [], h0.double())[:, :, cell.output]
+    assert float(want[0, -1, 0]) > 0.1
+    y = ps.scan(cell, x, None, h0, solver=ways[way])[0]
+    torch.testing.assert_close(y.double(), want, rtol=1e-3, atol=1e-5)
+
+
+def test_a_limit_says_so_where_a_kink_hides_a_state():
+    h0 = torch.full((1, 1, 2), 1e-8)
+    with pytest.raises(ps.ConvergenceError):
+        ps.scan(rectified, torch.zeros(1, 1024, 1, 2), None, h0, solver=ps.MultipleShooting(64, max_iters=1))
+
+
+def test_units_that_switch_off_take_no_more_passes():
+    x = torch.randn(2, 512, 1, 8)
+    for solver, most in ((ps.MultipleShooting(64), 3), (ps.MultipleShooting(128, backend="triton"), 1)):
+        if solver.backend == "triton":
+            pytest.importorskip("triton")
+        info = ps.scan(half, x, None, solver=solver, return_info=True)[2]
+        assert info.iterations <= most
+
+
+@ps.cell
+def half(h: ps.State, x: ps.Input):
+    return torch.relu(0.5 * h + x)
+
+
+# Channels and heads beside others
+
+
+def beside(cell: ps.Cell) -> torch.Tensor:
+    """Half of the channels forget, the others make small states grow."""
+    if cell is dense:
+        return torch.diag(torch.tensor([0.5] * 4 + [1.05] * 4))
+    return torch.eye(4) * torch.tensor([0.5, 1.05])[:, None, None]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=["default", "shooting", "zero", "diagonal"])
+@pytest.mark.parametrize("cell", [dense, heads], ids=lambda c: c.name)
+def test_busy_channels_hide_no_quiet_ones(cell, solver):
+    torch.manual_seed(0)
+    W, x, h0 = beside(cell), torch.randn(1, 2048, 1, 8), torch.full((1, 1, 8), 1e-10)
+    x[..., 4:] = 0.0
+    found = []
+    for run in (
+        lambda *given: ps.scan(cell, *given, solver=solver),
+        lambda x, p, h: by_loop(cell)(x.double(), [v.double() for v in p], h.double()),
+    ):
+        start = h0.clone().requires_grad_()
+        y = run(x, [W], start)[0]
+        (grad,) = torch.autograd.grad(y[:, :256].sum(), start)
+        found.append((y.detach().double(), grad))
+    (y, grad), (want, exact) = found
+    assert float(want[0, -1].flatten()[-1]) > 0.3
+    torch.testing.assert_close(y, want.view(y.shape), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(grad, exact, rtol=1e-3, atol=0.0)
+
+
+def test_a_busy_head_hides_no_quiet_one_in_kernels():
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    x, h0 = torch.randn(1, 640, 1, 8), torch.full((1, 1, 8), 1e-10)
+    x[..., 4:] = 0.0
+    want = loop(heads, x.double(), [beside(heads).double()], h0.double())[:, :, 0]
+    y = ps.scan(heads, x, [beside(heads)], h0, solver=ps.MultipleShooting(64, backend="triton"))[0]
+    torch.testing.assert_close(y.double(), want, rtol=1e-3, atol=1e-5)

@@ -537,3 +537,37 @@ def test_blocks_are_compiled_once_and_computed_the_same(checkpointed, bf16, monk
     ]
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_gradients_of_clipped_weights_do_not_depend_on_how_a_batch_is_cut(data, tmp_path):
+    """Micro-batches disagree about the way in which some entries beyond the clip ought to go."""
+    found = {}
+    for size in (4, 1):
+        run = train(run_config(data, steps=1, batch_size=4, micro_batch_size=size), tmp_path / str(size), ALONE)
+        model = new_model(0).double()
+        run.model.double().load_state_dict(model.state_dict())
+        batch = run.batch(*Windows(run.data.split("train"), 24, 0).draw(4))
+        for layer in run.model.recurrent_layers():
+            layer.weight_hh_l0.data.mul_(3)
+        weights = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+        run.passes(batch)
+        found[size] = {n: p.grad for n, p in run.model.named_parameters()}
+    for name, grad in found[4].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-9, atol=1e-12)
+    w, g = (torch.cat([v[n].flatten() for n in v if n.endswith("weight_hh_l0")]) for v in (weights, found[4]))
+    beyond = w.abs() > TINY.recurrent_clip
+    assert int(beyond.sum()) >= 8
+    assert bool((g[beyond] * w[beyond] >= 0).all())  # a step against the gradient never goes further out
+    assert bool((g[beyond] == 0).any()) and bool((g[beyond] != 0).any())
+
+
+def test_a_run_that_went_back_keeps_what_it_saves(data, tmp_path):
+    config, run = run_config(data, checkpoint_every=1, keep_checkpoints=6), tmp_path / "run"
+    train(config, run, ALONE)
+    (run / "latest").write_text("step-000002\n")
+    (run / "step-000009.partial").mkdir()  # left by a kill
+    went = train_until(replace(config, keep_checkpoints=1), run, 3, resume=True)
+    assert went.interrupted and checkpoint.find(run).name == "step-000003"
+    assert [p.name for p in checkpoint.steps(run)] == [f"step-00000{k}" for k in (3, 4, 5, 6)]
+    assert not list(run.glob("*.partial"))
+    assert train(config, run, ALONE, resume=True).step == 6

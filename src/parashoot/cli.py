@@ -275,6 +275,7 @@ def _eval(options: argparse.Namespace) -> int:
     from .lm import checkpoint
     from .lm.data import open_data
     from .lm.evaluate import evaluate, perplexity
+    from .lm.export import check_tokenizer
     from .lm.processes import Processes, choose_device, precision
     from .lm.train_config import TrainConfig
     from .lm.update import uses_bf16
@@ -293,7 +294,9 @@ def _eval(options: argparse.Namespace) -> int:
             "--data", "none", "a directory that parashoot data wrote", f"'{path}' does not say what it trained on."
         )
     model = checkpoint.load_model(path, group.device)
-    tokens = open_data(options.data or (run and run.data)).fitting(model.config.vocab_size).split(options.split)
+    data = open_data(options.data or (run and run.data)).fitting(model.config.vocab_size)
+    check_tokenizer(options.checkpoint, data.tokenizer)
+    tokens = data.split(options.split)
     if len(tokens) < 2:
         bad_value("--split", f"{len(tokens)} tokens ({tokens.name})", "at least 2 to predict one")
     lower = precision(group, run is not None and uses_bf16(run, group))
@@ -323,7 +326,7 @@ def _generate(options: argparse.Namespace) -> int:
     from .lm.export import tokenizer_file
     from .lm.generate import generate, generate_text
     from .lm.processes import choose_device
-    from .lm.tokenizer import read_tokenizer
+    from .lm.tokenizer import EOT, read_tokenizer
 
     model = checkpoint.load_model(options.checkpoint, choose_device(options.device))
     path = tokenizer_file(options.checkpoint)
@@ -332,7 +335,10 @@ def _generate(options: argparse.Namespace) -> int:
     if path is not None:
         tokenizer = read_tokenizer(path)
         ids = tokenizer.encode(options.prompt, add_special_tokens=False).ids
-        print(tokenizer.decode(generate(model, torch.tensor(ids), options.tokens, **sampling)))
+        if model.config.eos_token_id is None:
+            model.config.eos_token_id = tokenizer.token_to_id(EOT)
+        made = generate(model, torch.tensor(ids), options.tokens, **sampling)
+        print(tokenizer.decode([*ids, *made])[len(tokenizer.decode(ids)) :])  # some decoders strip what they begin with
     else:
         show = lambda piece: print(piece, end="", flush=True)
         generate_text(model, options.prompt, options.tokens, on_text=show, **sampling)

@@ -23,7 +23,8 @@ class RNN(nn.Module):
     - `cell`; `input_size` D, `hidden_size` C; `num_layers`; `bias`: whether b exists.
     - `num_heads`: B is block-diagonal with that many blocks (input and hidden channels are split into heads).
     - `dropout` between layers while training; `bidirectional` adds a layer in reverse time, outputs concatenated.
-    - `recurrent_clip`: vector parameters of the cell act clipped to [-clip, clip]; None: not clipped.
+    - `recurrent_clip`: vector parameters of the cell act clipped to [-clip, clip]; None: not clipped. What would push one of them further
+      out is dropped from its gradient, in each backward pass, or once by `drop_outward` where `drops_outward` is set to False.
     - `initial_bias`: by the name of an input, the number at which its biases begin, or (first, last), between which they lie evenly
       over the channels of each head: {"z": (-6, 0)} makes a GRU's update gates 1/400 to 1/2 at first, memories of 2 to 400 steps.
     - `solver` as in `ps.scan`.
@@ -75,7 +76,7 @@ class RNN(nn.Module):
         check_solver(solver)
         self.cell, self.input_size, self.hidden_size, self.num_layers = cell, input_size, hidden_size, num_layers
         self.num_heads, self.bias, self.dropout, self.bidirectional = num_heads, bias, float(dropout), bidirectional
-        self.recurrent_clip, self.solver = recurrent_clip, solver
+        self.recurrent_clip, self.solver, self.drops_outward = recurrent_clip, solver, True
         shapes = parameter_shapes(cell, hidden_size)
         self._vectors = all(s == (hidden_size,) for s in shapes)
         gates, place = len(cell.inputs), {"device": device, "dtype": dtype}
@@ -103,6 +104,8 @@ class RNN(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         for name, p in self.named_parameters():
+            if getattr(p, "_is_hf_initialized", False):  # transformers loads a file without some of the others
+                continue
             if name.startswith("bias"):
                 nn.init.zeros_(p)
                 for gate, (first, last) in self.initial_bias.items():
@@ -127,7 +130,8 @@ class RNN(nn.Module):
         - `reset` (B, T) bool: a new sequence begins at t. `lengths` (B,): number of real steps of each sequence; outputs
           after them are zero, what stands there in x is not read, and h_n is the state after each sequence's own last step (reverse: its first).
 
-        y (B, T, C * directions) in x's dtype; h_n shaped as h_0, in float32 where x is bfloat16 or float16.
+        y (B, T, C * directions) in x's dtype; h_n shaped as h_0, in float32 where x is bfloat16 or float16 (with `lengths` rounded to
+        what y is).
         """
         self._check(x, h_0, lengths)
         finals = []
@@ -183,12 +187,21 @@ class RNN(nn.Module):
         """The cell's parameters for one layer and direction ("l0", "l0_reverse", ...), clipped, in the step's order."""
         if not self.cell.params:
             return []
-        clip = self.recurrent_clip
+        clip, drops = self.recurrent_clip, self.drops_outward
         if self._vectors:
             found = getattr(self, f"weight_hh_{suffix}")
-            return list((_Clip.apply(found, clip) if clip else found).unbind(0))  # type: ignore[misc]
+            return list((_Clip.apply(found, clip, drops) if clip else found).unbind(0))  # type: ignore[misc]
         found = [getattr(self, f"weight_hh_{suffix}_{name}") for name in self.cell.params]
-        return [_Clip.apply(p, clip) if clip and p.dim() == 1 else p for p in found]  # type: ignore[misc]
+        return [_Clip.apply(p, clip, drops) if clip and p.dim() == 1 else p for p in found]  # type: ignore[misc]
+
+    @torch.no_grad()
+    def drop_outward(self) -> None:
+        """Drop from the gradients what would push clipped parameters further out: after the last of several backward passes that
+        add up, with `drops_outward` False, so that the sum does not depend on how a batch was cut."""
+        for name, p in self.named_parameters():
+            clipped = name.startswith("weight_hh") and (self._vectors or p.dim() == 1)
+            if self.recurrent_clip and clipped and p.grad is not None:
+                p.grad.masked_fill_(_outward(p, p.grad, self.recurrent_clip), 0.0)
 
     def prepared(self, x: Tensor, suffix: str = "l0") -> tuple[Cell, Tensor, list[Tensor]]:
         """What a layer and direction runs over x (B, T, D) or (B, T, H, D / H): a cell, its inputs (B, T, G, C) or, as products by heads
@@ -318,16 +331,19 @@ class ParaLSTM(RNN):
 
 
 class _Clip(torch.autograd.Function):
-    """min(max(a, -clip), clip); a gradient that would push an entry further out is dropped, one that brings it back is kept."""
+    """min(max(a, -clip), clip); a gradient that would push an entry further out is dropped if it `drops`, one that brings it back is kept."""
 
     @staticmethod
-    def forward(ctx, a: Tensor, clip: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx, a: Tensor, clip: float, drops: bool) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(a)
-        ctx.clip = clip
+        ctx.clip, ctx.drops = clip, drops
         return a.clamp(-clip, clip)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (a,) = ctx.saved_tensors
-        outward = ((a > ctx.clip) & (grad < 0)) | ((a < -ctx.clip) & (grad > 0))
-        return grad.masked_fill(outward, 0.0), None
+        return grad.masked_fill(_outward(a, grad, ctx.clip), 0.0) if ctx.drops else grad, None, None
+
+
+def _outward(a: Tensor, grad: Tensor, clip: float) -> Tensor:
+    return ((a > clip) & (grad < 0)) | ((a < -clip) & (grad > 0))

@@ -79,9 +79,10 @@ class Trace:
         return 0 if self.adjoint is None else self.adjoint.instructions()
 
     @functools.cached_property
-    def _kinked(self) -> bool:
+    def kinked(self) -> bool:
+        """Whether the step compares its state, or has no graph to say: derivatives may be zero where it is not flat."""
         adjoint = self.adjoint
-        return adjoint is not None and adjoint.compares(name for name in adjoint.inputs if name[0] == "h")
+        return adjoint is None or adjoint.compares(name for name in adjoint.inputs if name[0] == "h")
 
     def keeps_states(self, slots: int, dtype: torch.dtype) -> bool:
         """Whether kernels keep states for backward, or find the one there is in y.
@@ -89,7 +90,7 @@ class Trace:
         A `dtype` shorter than what they compute in will not do where the step compares its state, for the rounding may lie beyond, nor where
         it sums over a head, as for a length: what turns adds up its roundings.
         """
-        return slots > 1 or (dtype.itemsize < 4 and (self._kinked or (self.graph is not None and self.graph.sums)))
+        return slots > 1 or (dtype.itemsize < 4 and (self.kinked or (self.graph is not None and self.graph.sums)))
 
     @property
     def number(self) -> float:

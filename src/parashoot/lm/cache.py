@@ -20,7 +20,7 @@ class Cache:
     length: int = 0
 
     # What transformers asks: no layers of its own kind, no compiling of its own, no going back.
-    is_linear, is_compileable, is_croppable = (True,), False, False
+    is_linear, is_compileable, is_croppable = (False,), False, False
 
     @property
     def batch_size(self) -> int | None:

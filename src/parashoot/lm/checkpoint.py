@@ -85,7 +85,8 @@ def save(
     path = run / f"step-{step:06d}"
     beside = path.with_name(path.name + ".partial")
     if group.rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
+        for left in run.glob("step-*.partial"):  # by runs killed while saving
+            shutil.rmtree(left, ignore_errors=True)
     group.barrier()
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments, "random": {str(group.rank): _random(group)}}
@@ -98,7 +99,9 @@ def save(
             shutil.rmtree(path, ignore_errors=True)  # of this very step, by a run killed before `latest` named it
             os.replace(beside, path)
             _write(run / LATEST, path.name + "\n")
-            for old in steps(run)[:-keep]:
+            for old in [p for p in steps(run) if int(p.name[5:]) <= step][
+                :-keep
+            ]:  # a run that went back has later ones
                 shutil.rmtree(old)
     except (OSError, CheckpointException) as e:
         problem = _reason(e)

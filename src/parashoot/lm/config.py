@@ -81,6 +81,7 @@ class ParaRNNConfig(PretrainedConfig):
         if intermediate_size is None and is_count(hidden_size):
             own["intermediate_size"] = math.ceil(8 * own["hidden_size"] / 3 / 256) * 256
         _check_values(own)
+        own["initial_bias"] = _plain(initial_bias)
         shared = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
         super().__init__(**library, **{name: own.pop(name) for name in shared})
         for name, value in own.items():
@@ -179,6 +180,13 @@ def _check_values(own: dict[str, Any]) -> None:
         token, vocab = own[name], own["vocab_size"]
         if token is not None and (not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab):
             bad_value(name, repr(token), f"None or a token below vocab_size = {vocab}")
+
+
+def _plain(value: Any) -> Any:
+    """Biases as JSON gives them back."""
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value if value is None else float(value)
 
 
 def _check_mixer(own: dict[str, Any]) -> None:

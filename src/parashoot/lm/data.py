@@ -62,7 +62,9 @@ class Tokens:
     def resets(self, start: int, stop: int) -> np.ndarray:
         """(stop - start,) bool: whether a document begins at each of the tokens start..stop-1."""
         found = np.zeros(stop - start, bool)
-        first, last = np.searchsorted(self.starts, (start, stop))
+        first, last = np.searchsorted(
+            self.starts, np.array((start, stop), np.uint64)
+        )  # other types copy the whole index
         found[self.starts[first:last].astype(np.int64) - start] = True
         return found
 
@@ -160,8 +162,9 @@ def corpus() -> Data:
 class Windows:
     """Windows of `length` tokens in a shuffled order without end, the same for any number of processes.
 
-    Neighbouring windows share one token, so that an epoch predicts every token once; each epoch has its own permutation of the
-    windows and its own offset of the first. `epoch` and `position`, the number of windows drawn in it, are the whole state.
+    Neighbouring windows share one token, so that an epoch predicts no token twice, and all but less than two windows' worth once; each
+    epoch has its own permutation of the windows and its own offset of the first. `epoch` and `position`, the number of windows drawn
+    in it, are the whole state.
 
     Raises `ArgumentError` if the data do not hold one window.
     """

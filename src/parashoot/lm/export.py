@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,19 @@ def tokenizer_file(checkpoint: str | Path) -> Path | None:
     home = Path(checkpoint)
     path = (home.parent if (home / FACTS).is_file() else home) / TOKENIZER  # a run's checkpoints share one
     return path if path.exists() else None
+
+
+def check_tokenizer(checkpoint: str | Path, data: Path | None) -> None:
+    """Raise `ArgumentError` if the model at `checkpoint` is known to have another tokenizer than data, whose file is given or None for
+    bytes: its loss on them would mean nothing."""
+    mine = tokenizer_file(checkpoint)
+    if (mine is None and (data is None or (Path(checkpoint) / "config.json").is_file())) or mine == data:
+        return  # a directory that transformers wrote may be without
+    model = lambda path: json.loads((byte_tokenizer() if path is None else read_tokenizer(path)).to_str())["model"]
+    if model(mine) != model(data):
+        name = lambda path: "bytes" if path is None else f"'{path}'"
+        bad_value("data", f"tokens of {name(data)}", f"those of {name(mine)}, which '{checkpoint}' was trained on",
+                  "Prepare the text with --tokenizer.")  # fmt: skip
 
 
 def text_tokenizer(checkpoint: str | Path, config: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import bad_value
 from .cache import Cache
 
 
@@ -31,15 +32,36 @@ class StatefulGeneration:
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
+        is_first_iteration: bool | None = None,
+        next_sequence_length: int | None = None,
         **unused: Any,
     ) -> dict[str, Any]:
-        """The arguments of the next forward pass: the prompt or, after it, what the cache has not seen of `input_ids` (B, T)."""
+        """The arguments of the next forward pass: what the cache has not seen of the text, whose end `input_ids` or, at first,
+        `inputs_embeds` are. How much that is, `attention_mask` (B, T) over the whole text says, or the library where it lets go of
+        one that is all true. Raises `ArgumentError` where the cache has seen all, or more is missing than is given.
+        """
         past = cache if past_key_values is None else past_key_values
         rest = {"past_key_values": past, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
-        if inputs_embeds is not None and (past is None or not past.length):
-            return {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **rest}
-        seen = 0 if past is None else min(past.length, input_ids.shape[1] - 1)
+        seen = 0 if past is None else past.length
+        if attention_mask is not None:
+            new = attention_mask.shape[1] - seen
+        elif next_sequence_length is not None:
+            new = next_sequence_length
+        else:
+            new = input_ids.shape[1] - (0 if is_first_iteration else seen)
+        embedded = inputs_embeds is not None and bool(is_first_iteration or not seen or new > input_ids.shape[1])
+        given = inputs_embeds if embedded and inputs_embeds is not None else input_ids
+        if not 0 < new <= given.shape[1]:
+            bad_value(
+                "past_key_values", f"a past of {seen} tokens before a text of {seen + new}, and {given.shape[1]} tokens",
+                "a past of fewer tokens than the text, and all tokens after it",
+                "Give the whole text, or its new tokens with an attention_mask over the whole.",
+            )  # fmt: skip
         # Whatever is padding lies in the past after the prompt, and a pass without a mask is the cheaper one.
-        stepping = seen and seen == input_ids.shape[1] - 1
+        stepping = seen and new == 1
         mask = None if stepping or attention_mask is None or bool(attention_mask.all()) else attention_mask
-        return {"input_ids": input_ids[:, seen:].contiguous(), "attention_mask": mask, **rest}
+        return {
+            "inputs_embeds" if embedded else "input_ids": given[:, -new:].contiguous(),
+            "attention_mask": mask,
+            **rest,
+        }

@@ -20,7 +20,7 @@ from .config import ParaRNNConfig
 from .conv import CausalConv
 from .gated_delta import GatedDelta
 from .generation import StatefulGeneration
-from .loss import next_token_loss, token_losses
+from .loss import IGNORED, next_token_loss, token_losses
 from .parts import ResidualLinear, RMSNorm, working
 
 
@@ -61,6 +61,8 @@ class ParaRNNPreTrainedModel(PreTrainedModel):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as after `to_empty` of a model that was built on the meta device."""
+        for p in self.parameters():
+            p._is_hf_initialized = False  # type: ignore[attr-defined]
         self.apply(self._init_weights)
         self.tie_weights()
 
@@ -142,9 +144,12 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
             bad_value("past_key_values", came, f"{len(self.layers)} blocks, batch {batch}")
         if reset is not None and (reset.dtype != torch.bool or tuple(reset.shape) != (batch, time)):
             bad_value("reset", reset, f"torch.bool of shape (B, T) = {(batch, time)}")
-        mask = attention_mask
-        if mask is not None and (mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < time):
-            bad_value("attention_mask", mask, f"shape (B, at least T) = ({batch}, {time} or more), 0 for padding")
+        mask, text = attention_mask, past.length + time
+        if mask is not None and (mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < text):
+            bad_value(
+                "attention_mask", mask, f"shape (B, past and T) = ({batch}, {text} or more), 0 for padding",
+                "It is over what the past has seen, too." if past.length else "",
+            )  # fmt: skip
 
 
 class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationMixin):
@@ -181,8 +186,9 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
         """Run over tokens in parallel over time, from `past_key_values` on if there is one.
 
         - `input_ids` (B, T) int64, or `inputs_embeds` (B, T, d).
-        - `attention_mask` (B, T), or longer by what came before: 0 for padding. Where text begins after padding, nothing earlier
-          reaches it, so left padding changes no result. Outputs at padding, and the cache after padding on the right, mean nothing.
+        - `attention_mask` (B, T), longer by what `past_key_values` have seen: 0 for padding. Where text begins after padding, nothing
+          earlier reaches it, and what padding would predict is not scored, so left padding changes no result. Outputs at padding, and
+          the cache after padding on the right, mean nothing.
         - `past_key_values`: continued from, and left holding the past after the last token.
         - `labels` (B, T) int64: usually `input_ids`; the logits at t are scored against the label at t + 1, and labels of -100 are
           left out. At least two tokens are then needed. The loss is the mean over the tokens scored, or their sum over
@@ -202,6 +208,10 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
                 bad_value("labels", labels, f"torch.int64 of the shape of input_ids, {tuple(hidden.shape[:2])}")
             if labels.shape[1] < 2:
                 bad_value("labels", labels, "at least two tokens", "The first one has nothing that predicts it.")
+            if attention_mask is not None:
+                padding = attention_mask[:, -labels.shape[1] :][:, :-1] == 0
+                labels = torch.cat([labels[:, :1], labels[:, 1:].masked_fill(padding, IGNORED)], 1)
+            self._check_head()
             z_loss = self.config.z_loss if self.training else 0.0
             options = {"z_loss": z_loss, "num_items": num_items_in_batch}
             loss, z_part = next_token_loss(hidden, self.lm_head.weight, labels, **options)
@@ -216,6 +226,16 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
             loss, logits, after[0] if after else None, z_loss=z_part if self.training and self.config.z_loss else None
         )
         return out.to_tuple() if return_dict is False else out
+
+    def _check_head(self) -> None:
+        """The loss reads the head's weight, a piece of the tokens at a time, and nothing else of it."""
+        head: Any = self.lm_head
+        if torch.compiler.is_compiling():
+            return
+        if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or head.bias is not None:
+            bad_type(
+                "lm_head", head, "a torch.nn.Linear without bias", "Compute the loss of another head from its logits."
+            )
 
     def token_losses(
         self, input_ids: Tensor, targets: Tensor, past_key_values: Cache | None = None, reset: Tensor | None = None

@@ -26,9 +26,11 @@ class Subwords:
     """A tokenizer of the `tokenizers` library, with the token `eot` that begins each document."""
 
     def __init__(self, tokenizer: Any, eot: str):
-        self.tokenizer, self.vocab_size, self.eot = tokenizer, tokenizer.get_vocab_size(), tokenizer.token_to_id(eot)
+        self.tokenizer, self.eot = tokenizer, tokenizer.token_to_id(eot)
+        self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
         if self.eot is None:
             bad_value("--eot", repr(eot), "a token of the tokenizer", "Name the one that ends a text with it.")
+        tokenizer.encode_special_tokens = True  # one that stands in a text is text
 
     @classmethod
     def from_file(cls, path: Path, eot: str = EOT) -> Subwords:
@@ -63,9 +65,12 @@ def read_tokenizer(path: Path) -> Any:
     if not path.is_file():
         bad_value("tokenizer", f"'{path}'", "an existing tokenizer.json")
     try:
-        return library.Tokenizer.from_file(str(path))
+        tokenizer = library.Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises bare exceptions
         bad_value("tokenizer", f"'{path}', which cannot be read ({str(e)[:100]})", "a tokenizer.json")
+    tokenizer.no_truncation()  # as transformers writes them after a call that cut or padded
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _sample(texts: Iterator[bytes]) -> Iterator[str]:

@@ -74,6 +74,8 @@ class Training:
     def start(cls, config: TrainConfig, group: Processes, *, drawn: bool = True, **rest: Any) -> Any:
         """A new model, its weights drawn from the seed or, if not `drawn`, left to be loaded; `rest` are a subclass's fields."""
         model = build_model(config.model.replace(z_loss=config.z_loss))
+        for layer in model.recurrent_layers():
+            layer.drops_outward = False  # of a pass: the sum's is dropped
         place(
             model, group, seed=config.seed if drawn else None, bf16=uses_bf16(config, group), compiled=config.compile,
             checkpointed=config.activation_checkpointing,
@@ -109,6 +111,8 @@ class Training:
             (out.loss / len(batch)).backward()
             extra = out.z_loss if self.config.z_loss else torch.zeros_like(out.loss)
             sums += torch.stack([(out.loss - extra).detach(), extra.detach()]).float() / len(batch)
+        for layer in self.model.recurrent_layers():
+            layer.drop_outward()
         return sums
 
     def update(self, batch: Batch, rate: float) -> Late:

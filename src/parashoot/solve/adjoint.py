@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .shooting import NEARER, Steps
+from .shooting import NEARER, Steps, rounding
 
 _CACHE = 2**26  # elements of step Jacobians kept between the two sweeps; more are computed again
 
@@ -119,7 +119,7 @@ def adjoint_by_sweeps(
 
     Where a sweep brings chunks hardly nearer to each other, the rest run one after another; with a `limit`, None then and after so many sweeps.
     """
-    sweeps, n, last = 0, before.shape[3], before.new_zeros(before.shape[2:4])
+    sweeps, n, last = 0, before.shape[3], torch.zeros_like(before[0])
     beta = torch.zeros_like(before[0])
     beta[:, :, -1] = cots.dh_n
     lams = torch.empty_like(before)
@@ -138,8 +138,9 @@ def adjoint_by_sweeps(
         outside = ~((defect.abs() <= tol * scale) | unchanged)
         apart = torch.where(unchanged, 0.0, defect.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny))
         now = torch.zeros_like(last)  # by the end of each chunk
-        now[:, : live - 1] = apart.nan_to_num(math.inf).transpose(0, 1).movedim(2, 1).flatten(2).amax(2)
-        if not bool(outside.any() | (now[:, :-1] > NEARER * last[:, 1:]).any()):
+        now[:, :, : live - 1] = apart.nan_to_num(math.inf)
+        moved = (now[:, :, :-1] > NEARER * last[:, :, 1:])[:, :, : live - 1] & ~rounding(defect, incoming)
+        if not bool(outside.any() | moved.any()):
             break
         stuck, last, sweeps = sweeps > 0 and bool(now.max() > NEARER * last.max()), now, sweeps + 1
         if limit is not None and (stuck or sweeps == limit):

@@ -125,8 +125,9 @@ def shoot(
     """Solve h_t = f(h_{t-1}, x_t) for all t from `h0` (S, B, F).
 
     Stops when every defect and every predicted correction is within `tol` of max(1, |state|), or roundings keep both from it
-    (`_rounded`), or when all is exact. Without Jacobians no correction is predicted: there a sweep has to shrink the defects as well, to
-    `NEARER` of those before it. With a tolerance `lazy`, the first update is made without Jacobians, and they are formed only if the defects
+    (`_rounded`), or when all is exact. Where no correction is predicted that can be relied on (no Jacobians, their diagonal alone, or a step
+    that compares its state, whose derivative is zero where chunks begin at zero) a sweep has to shrink the defects as well, each to
+    `NEARER` of that before it. With a tolerance `lazy`, the first update is made without Jacobians, and they are formed only if the defects
     after it exceed that tolerance or have not shrunk. After `patience` sweeps, or one without Jacobians that brought chunks hardly nearer to each other, those that are not exact
     yet run one after another; `patience` None: never. Raises `ConvergenceError` if
     `max_iters` sweeps were not enough.
@@ -140,7 +141,8 @@ def shoot(
         return Outcome(ys, torch.ones(1, dtype=torch.float64), 0.0)
     iterations = torch.ones(batch, dtype=torch.float64, device=h0.device)
     first, base, chunk_maps = 0, 0, None  # chunks before `first` are exact; chunk_maps are those of chunks from `base`
-    sweeps, largest, before = 0, torch.full_like(iterations, math.inf, dtype=ys.dtype), ys.new_zeros(batch, n)
+    sweeps, largest, before = 0, torch.full_like(iterations, math.inf, dtype=ys.dtype), torch.zeros_like(start)
+    blind = jacobian != "exact" or steps.trace.kinked
     while True:
         live = steps.part(slice(first, None))
         sweep(live, start[:, :, first:], ys[:, :, :, first:])
@@ -159,12 +161,13 @@ def shoot(
         outside = ~(defect.abs() <= allowed)
         within = not bool(outside.any())
         stuck, rested = False, within
-        if bare:  # a small defect says how wrong a result is only if chunks shrink what their starts are wrong by
-            now = ys.new_zeros(batch, n)  # by the start of each chunk
-            now[:, first + 1 :] = (
-                (defect.abs() / size).nan_to_num(math.inf).transpose(0, 1).movedim(2, 1).flatten(2).amax(2)
-            )
-            rested = within and bool((now[:, 1:] <= NEARER * before[:, :-1]).all())
+        if (
+            bare or blind
+        ):  # a small defect says how wrong a result is only if chunks shrink what their starts are wrong by
+            now = torch.zeros_like(start)
+            now[:, :, first + 1 :] = (defect.abs() / size).nan_to_num(math.inf)
+            nearer = now[:, :, first + 1 :] <= NEARER * before[:, :, first : n - 1]
+            rested = within and bool((nearer | rounding(defect, ends)).all())
             waits = jacobian == "zero" and patience is not None and sweeps > 1
             stuck = waits and bool(now.max() > NEARER * before.max())
             before, outside = now, outside | ((defect != 0) & (not rested))
@@ -180,7 +183,7 @@ def shoot(
             correction = corrections(steps.algebra, maps, finite_or_zero(defect))
             outside = outside | ~(correction.abs() <= allowed)
         unsolved = outside.transpose(0, 1).flatten(1).any(1)
-        if not bare and jacobian == "exact":
+        if not (bare or blind):
             unsolved &= ~_rounded(defect, correction, size, largest, m)
         if not bool(unsolved.any()):
             return Outcome(ys, iterations, float(defect.abs().max()))
@@ -194,6 +197,11 @@ def shoot(
             return Outcome(ys, iterations, 0.0)
         start[:, :, first + 1 :] = ends + correction
         first = first_next
+
+
+def rounding(defect: Tensor, ends: Tensor) -> Tensor:
+    """Where defects are roundings of the very number, which no sweep lowers."""
+    return defect.abs() <= 16 * torch.finfo(defect.dtype).eps * ends.abs()
 
 
 def _rounded(defect: Tensor, correction: Tensor, size: Tensor, largest: Tensor, m: int) -> Tensor:

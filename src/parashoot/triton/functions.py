@@ -164,7 +164,7 @@ def erf(x, FAST: tl.constexpr):
 
 @triton.jit
 def sign(x):
-    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))  # of NaN too, as PyTorch's
 
 
 @triton.jit

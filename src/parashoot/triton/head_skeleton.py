@@ -121,7 +121,11 @@ def {name}_compare(
     $r{i} = tl.where(r{i} < 1e38, r{i}, 1e38)$
     largest = {largest_r}
     $o{i} = tl.abs(finite(o{i}, 1e30))$
-    vague = largest > {forgotten} * tl.max({largest_o}, 1)[:, None]
+    whole = {largest_o}
+    size = tl.max(whole, 1)[:, None]
+    if WIDTH * 2 <= BD:  # several heads, of which none hides another: the mean over each
+        size = tl.dot(whole, same.to(tl.float32), input_precision="tf32") / WIDTH
+    vague = largest > {forgotten} * size
     unmet = tl.max(tl.max(tl.where(bad, largest, 0.0), 1), 0)
     blur = tl.max(tl.max(tl.where(vague, largest, 0.0), 1), 0)
     return tl.max(tl.max(bad.to(tl.int32), 1), 0), tl.max(tl.max(largest, 1), 0), unmet, blur

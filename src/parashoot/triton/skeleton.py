@@ -133,6 +133,7 @@ def {name}_correct(
     mark = (b * {S} * records + chunk * ratio) * C + col
     fact = facts_ptr + (b * parts * ((tiles + SPAN - 1) // SPAN) + tile // SPAN) * 3 + 2
     unsettled = zero
+    {unmoved}
     $z{i} = tl.abs(finite(i{i}, 1e30))$
     $r{i} = zero$
     for k in range(ratio):
@@ -144,6 +145,7 @@ def {name}_correct(
         $s{i} = tl.load(starts_ptr + mark + ({i} * records + k + 1) * C, mask=live & (at < records), other=0.0)$
         flag = tl.load(fact + (at // sub - 1) * ((tiles + SPAN - 1) // SPAN) * 3 + 0 * col, mask=there, other=0.0)
         unsettled = tl.maximum(unsettled, flag)
+        {still}
         $d{i} = tl.where(joined, tl.abs(difference(o{i}, s{i})), 0.0)$
         $r{i} = tl.maximum(r{i}, tl.where(d{i} < 1e38, d{i}, 1e38))$
         $z{i} = tl.maximum(z{i}, tl.maximum(tl.abs(finite(o{i}, 1e30)), tl.abs(finite(s{i}, 1e30))))$
@@ -176,6 +178,7 @@ def {name}_correct(
         {scan}
         $c{i} = finite(o{i} - r{i}, 1e30)$
         bad = {outside}
+        {stuck}
         fine = tl.max(tl.max((bad & joined).to(tl.int32), 1), 0) == 0
         defect = tl.max(tl.max({largest}, 1), 0)
         unsolved = (fine == 0) & (passes < chunks)

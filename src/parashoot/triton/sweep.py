@@ -43,7 +43,7 @@ class Source:
     `graph`: new states and, channelwise, the Jacobian's rows; `adjoint`: cotangents of states, inputs and params; `outputs`: the
     slots that y carries; `unroll`: positions a loop trip; `stages`: trips loaded ahead; `reset`: a mask is read; `save`: states are
     stored; `width` of a head, None for a channelwise step; `pairs`: outer products in the cotangent of each parameter of a headwise
-    step, None for a vector.
+    step, None for a vector; `kinked`: the step compares its state.
     """
 
     graph: Graph
@@ -58,6 +58,7 @@ class Source:
     save: bool
     width: int | None
     pairs: tuple[int | None, ...]
+    kinked: bool
 
     @property
     def step(self) -> Graph:
@@ -102,7 +103,9 @@ def source_of(found: Trace, cell: Cell, unroll: int, stages: int, all_states: bo
     slots = len(cell.states)
     outputs = tuple(range(slots)) if all_states else (cell.output,)
     sizes = (slots, len(cell.inputs), len(cell.params))
-    return Source(found.graph, found.adjoint, *sizes, outputs, unroll, stages, reset, save, cell.width, found.pairs)
+    return Source(
+        found.graph, found.adjoint, *sizes, outputs, unroll, stages, reset, save, cell.width, found.pairs, found.kinked
+    )
 
 
 def text(cell: Cell, direction: str, reset: bool, return_states: bool) -> str:
@@ -388,7 +391,13 @@ def _module(
         "largest": largest([f"tl.abs(d{i})" for i in slots]),
         "outside": " | ".join(f"~(tl.abs({v}{i}) <= tol * z{i})" for i in slots for v in "dc"),
         "apart": " | ".join(f"~(r{i} <= tol * z{i})" for i in slots),
+        "unmoved": [], "still": [], "stuck": [],
     }  # fmt: skip
+    if name == "forward" and s.kinked:  # a derivative of zero at zero does not say that what was there is forgotten
+        blocks["unmoved"] = ["still = zero > 0.0"]
+        blocks["still"] = [f"still = still | (joined & (s{i} == 0.0) & (o{i} != 0.0))" for i in slots]
+        blocks["stuck"] = [f"bad = bad | ((t{i} == 0.0) & (v{i} != 0.0))" for i in slots]
+        blocks["apart"] = f"still | {blocks['apart']}"
     # A corrected trip is short where it can be: compilation takes more than its share of long ones.
     short = s.unroll if name == "backward" and s.save else 1
     # Jacobians of many states leave no registers for a long one.
