@@ -6,6 +6,8 @@ import torch
 
 import parashoot as ps
 
+RATE = 0.5
+
 
 @ps.cell(output="c")
 def postponed(c: ps.State, h: ps.State, x: ps.Input, w: ps.Param) -> tuple[torch.Tensor, torch.Tensor]:

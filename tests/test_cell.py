@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import importlib
 import math
 import pickle
+import sys
 import types
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 import future_cell
 import parashoot as ps
-from oracle import loop, random_problem
+from oracle import by_loop, loop, random_problem
 from parashoot.trace import trace
 
 
@@ -350,3 +352,97 @@ def test_cells_of_the_same_function_and_name_do_not_share_a_trace():
     weak, strong = future_cell.nested(0.1), future_cell.nested(0.9)
     assert weak.key != strong.key
     assert not torch.allclose(assert_equals_loop(weak), assert_equals_loop(strong))
+
+
+# What changes a step from elsewhere
+
+SLOPE = 1.0
+
+
+class Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v):
+        ctx.save_for_backward(v)
+        return (v > 0).to(v.dtype)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (v,) = ctx.saved_tensors
+        return grads[0] / (1 + (SLOPE * v).square())
+
+
+class Leak:
+    rate = 0.5
+
+    @classmethod
+    def kept(cls):
+        return cls.rate
+
+
+def slowed(h):
+    return slowed.rate * h
+
+
+slowed.rate = 0.5
+
+
+@ps.cell
+def spiking(h: ps.State, x: ps.Input):
+    return 0.9 * h * (1 - Spike.apply(h - 1)) + x
+
+
+@ps.cell
+def by_class_method(h: ps.State, x: ps.Input):
+    return Leak.kept() * h + x
+
+
+@ps.cell
+def by_attribute(h: ps.State, x: ps.Input):
+    return slowed(h) + x
+
+
+@ps.cell
+def by_import(h: ps.State, x: ps.Input):
+    from future_cell import RATE
+
+    return RATE * h + x
+
+
+@pytest.mark.parametrize(
+    ("cell", "owner", "name"),
+    [(spiking, sys.modules[__name__], "SLOPE"), (by_class_method, Leak, "rate"), (by_attribute, slowed, "rate"),
+     (by_import, importlib.import_module("future_cell"), "RATE")],
+    ids=["function", "class", "attribute", "import"],
+)  # fmt: skip
+def test_what_a_step_reads_through_others_is_noticed(cell, owner, name, monkeypatch):
+    x, found = torch.randn(1, 40, 1, 3, dtype=torch.float64), []
+    for value in (0.5, 4.0 if cell is spiking else 0.9):
+        monkeypatch.setattr(owner, name, value)
+        grads = []
+        for run in (
+            lambda x: ps.scan(cell, x, solver=ps.MultipleShooting(8))[0],
+            lambda x: by_loop(cell)(x, (), x.new_zeros(1, 1, 3))[0],
+        ):
+            leaf = x.clone().requires_grad_()
+            grads.append(torch.autograd.grad(run(leaf).square().sum(), leaf)[0])
+        torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+        found.append(grads[0])
+    assert not torch.equal(*found)
+
+
+def test_what_could_read_anything_is_refused():
+    @ps.cell
+    def hidden(h: ps.State, x: ps.Input):
+        return eval("SLOPE") * h + x
+
+    with pytest.raises(ps.CellError, match="calls eval"):
+        ps.scan(hidden, torch.zeros(1, 2, 1, 3))
+
+    @ps.cell
+    def absent(h: ps.State, x: ps.Input):
+        from no_such_module import RATE  # type: ignore[import-not-found]
+
+        return RATE * h + x
+
+    with pytest.raises(ps.CellError, match="imports 'no_such_module'"):
+        ps.scan(absent, torch.zeros(1, 2, 1, 3))

@@ -262,9 +262,8 @@ def test_bad_generation_arguments_are_named(model):
 def test_a_prompt_read_in_chunks_continues_alike(mixer, chunk):
     model = tiny_model(mixer=mixer, num_heads=4, **({"head_dim": 4} if mixer == "attention" else {}))
     ids = tokens(2, 9)
-    cache = Cache() if int(transformers.__version__.split(".")[0]) < 5 else None
-    given = {} if cache is None else {"past_key_values": cache}
-    got = model.generate(ids, prefill_chunk_size=chunk, max_new_tokens=6, do_sample=False, **given)
+    options = {"max_new_tokens": 6, "do_sample": False, "past_key_values": Cache()}
+    got = model.generate(ids, prefill_chunk_size=chunk, **options)
     assert torch.equal(got[:, 9:], greedy(model, ids, 6))
 
 

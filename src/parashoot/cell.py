@@ -228,7 +228,11 @@ def _fingerprint(fn: types.FunctionType, name: str, seen: set) -> tuple:
         return ()
     seen.add(fn)
     code, found = fn.__code__, []
-    reads, static = _code_facts(code)
+    reads, imports, static = _code_facts(code)
+    for hidden in {"eval", "exec", "globals"} & {*reads} - {*fn.__globals__}:
+        bad_cell(name, f"the step calls {hidden}", "What it reads could change unnoticed. Write names themselves.")
+    for module in imports:
+        found.append((module, _value(_imported(module, fn, name), module, code, name, seen)))
     for var, slot in zip(code.co_freevars, fn.__closure__ or (), strict=True):
         found.append((var, _value(slot.cell_contents, var, code, name, seen)))
     for var in reads:
@@ -239,8 +243,8 @@ def _fingerprint(fn: types.FunctionType, name: str, seen: set) -> tuple:
 
 
 @functools.lru_cache(maxsize=1024)
-def _code_facts(code: types.CodeType) -> tuple[list[str], tuple]:
-    return _global_reads(code), (code.co_code, _constants(code), code.co_names)
+def _code_facts(code: types.CodeType) -> tuple[list[str], list[str], tuple]:
+    return _global_reads(code), _imports(code), (code.co_code, _constants(code), code.co_names)
 
 
 def _constants(code: types.CodeType) -> tuple:
@@ -264,6 +268,24 @@ def _global_reads(code: types.CodeType) -> list[str]:
     return sorted(reads)
 
 
+def _imports(code: types.CodeType) -> list[str]:
+    """The modules that a function imports, relative ones with their dots."""
+    found, level = [], 0
+    for i in dis.get_instructions(code):
+        if i.opname == "IMPORT_NAME":
+            found.append("." * level + i.argval)
+        elif i.opname.startswith("LOAD_CONST") or i.opname.startswith("LOAD_SMALL_INT"):
+            level = i.argval if isinstance(i.argval, int) else level
+    return [*found, *(m for c in code.co_consts if isinstance(c, types.CodeType) for m in _imports(c))]
+
+
+def _imported(module: str, fn: types.FunctionType, name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(module, fn.__globals__.get("__package__"))
+    except ImportError as e:
+        bad_cell(name, f"the step imports '{module}', which fails ({e})", "Import it at the top of the file.")
+
+
 def _value(v: Any, var: str, code: types.CodeType, name: str, seen: set) -> Any:
     if v is None or isinstance(v, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
         return (type(v).__name__, repr(v))
@@ -284,12 +306,13 @@ def _value(v: Any, var: str, code: types.CodeType, name: str, seen: set) -> Any:
         if module in _STABLE_MODULES:
             return v.__name__
         return (v.__name__, *((a, _value(getattr(v, a), a, code, name, seen)) for a in _names(code) if hasattr(v, a)))
-    if isinstance(v, type) and module not in _STABLE_MODULES and not issubclass(v, torch.autograd.Function):
-        members = [] if v in seen else [a for a in _names(code) if hasattr(v, a) and not hasattr(object, a)]
+    if isinstance(v, type) and module not in _STABLE_MODULES:
+        members = [] if v in seen else _read_of(v, code)
         seen.add(v)
         return (f"{module}.{v.__qualname__}", *((a, _member(v, a, code, name, seen)) for a in members))
     if isinstance(v, types.FunctionType) and module not in _STABLE_MODULES:
-        return _fingerprint(v, name, seen)
+        own = ((a, _value(vars(v)[a], a, code, name, seen)) for a in _names(code) if a in vars(v))
+        return (*_fingerprint(v, name, seen), *own)
     if is_dataclass(v) and not isinstance(v, type):
         return (type(v).__qualname__, *(_value(getattr(v, f.name), f.name, code, name, seen) for f in fields(v)))
     if isinstance(v, types.SimpleNamespace):
@@ -303,6 +326,24 @@ def _value(v: Any, var: str, code: types.CodeType, name: str, seen: set) -> Any:
         f"the step reads '{var}', a {type(v).__name__}, from outside its arguments",
         "A change of it could not be noticed. Read numbers, strings, tuples, dataclasses and functions only.",
     )
+
+
+_DERIVED = ("forward", "backward", "setup_context", "jvp")
+
+
+def _read_of(kind: type, code: types.CodeType) -> list[str]:
+    """The attributes of a class that `code` names, or that methods name which it names; of a `torch.autograd.Function` those of its own."""
+    derived = issubclass(kind, torch.autograd.Function)
+    names, base = [*_names(code), *(_DERIVED if derived else ())], torch.autograd.Function if derived else object
+    found: list[str] = []
+    for a in names:
+        member = inspect.getattr_static(kind, a, None)
+        if a in found or not hasattr(kind, a) or hasattr(object, a) or member is inspect.getattr_static(base, a, None):
+            continue
+        found.append(a)
+        member = member.__func__ if isinstance(member, (staticmethod, classmethod)) else member
+        names += _names(member.__code__) if isinstance(member, types.FunctionType) else ()
+    return found
 
 
 _READABLE = (

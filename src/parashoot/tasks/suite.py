@@ -240,7 +240,7 @@ SUITES: dict[str, dict[str, Any]] = {
         "defaults": {
             "models": ["cell:headrotor"], "seeds": [0, 1, 2], "learning_rates": [3e-3], "recurrent_clip": None, "hidden_size": 128,
             "length": 40, "shortest": 2, "curriculum": [2, 4, 8, 16, 24, 32], "test_lengths": [40, 100, 127, 255, 256], "train_samples": None,
-            "test_samples": 2000, "batch_size": 128, "weight_decay": 0.1, "steps": 1600, "validate_every": 400, "stop_early": False,
+            "test_samples": 2000, "batch_size": 128, "weight_decay": 0.1, "steps": 4800, "validate_every": 1200, "stop_early": False,
         },
         "runs": [{"task": "cycle"}],
     },
