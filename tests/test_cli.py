@@ -200,3 +200,13 @@ def test_verify_reports_and_fails_by_exit_code(capsys, monkeypatch):
 def off_by_one_percent(*arguments, **options):
     y, *rest = scan(*arguments, **options)
     return 1.01 * y, *rest
+
+
+def test_names_that_are_no_modules_are_one_line(capsys, tmp_path):
+    for name in (":", ".:x", "no.such:cell"):
+        assert "importable module" in fails(capsys, "verify", name)
+    (tmp_path / "broken.py").write_text("def step(:\n")
+    assert "line 1" in fails(capsys, "verify", f"{tmp_path / 'broken.py'}:step")
+    (tmp_path / "rows.jsonl").write_text("[1]\n")
+    assert "line 1" in fails(capsys, "bench", "--render", str(tmp_path / "rows.jsonl"))
+    assert "--samples" in fails(capsys, "tasks", "show", "parity", "--samples", "0")

@@ -492,3 +492,21 @@ class TestOnAGPU:
             graph.replay()
         torch.cuda.synchronize()
         assert (y - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("way", ["jvp", "dual numbers"])
+def test_forward_mode_runs_the_module_itself(way):
+    module = torch.nn.GRU(3, 4, batch_first=True).double()
+    over = ps.parallelize(module, ps.MultipleShooting(8))
+    for p in module.parameters():
+        p.requires_grad_(False)
+    x, t = torch.randn(2, 1, 32, 3, dtype=torch.float64)
+
+    def derivative(m):
+        if way == "jvp":
+            return torch.func.jvp(lambda x: m(x)[0], (x,), (t,))[1]
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, t)
+            return torch.autograd.forward_ad.unpack_dual(m(dual)[0]).tangent
+
+    torch.testing.assert_close(derivative(over), derivative(module), rtol=1e-12, atol=0.0)

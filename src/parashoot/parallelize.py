@@ -111,7 +111,7 @@ class _Parallel(nn.RNNBase):
 
     def _lengths(self, given: Any) -> tuple[int, ...] | None:
         """Steps of each sequence; None for what PyTorch has to run, or to refuse."""
-        if isinstance(self.solver, Sequential) or torch.jit.is_tracing():
+        if isinstance(self.solver, Sequential) or torch.jit.is_tracing() or _forward_mode():
             return None
         if isinstance(given, PackedSequence):
             data, longest = given.data, len(given.batch_sizes)
@@ -364,6 +364,11 @@ class _Flat(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):  # type: ignore[override]
         return None, *grads
+
+
+def _forward_mode() -> bool:
+    """Whether derivatives are taken in a way in which chunks provide none."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _intercepted() -> bool:

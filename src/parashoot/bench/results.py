@@ -64,7 +64,7 @@ def read(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
             newest[row["suite"], row["device"], row["case"], row["contestant"]] = row
-        except (json.JSONDecodeError, KeyError) as e:
+        except (json.JSONDecodeError, KeyError, TypeError) as e:
             bad_value("--render", f"'{path}', line {number}: {e}", "a row as parashoot bench writes it in each line")
     return list(newest.values())
 

@@ -44,7 +44,7 @@ def shipped() -> str:
 def _import(where: str, argument: str) -> ModuleType:
     try:
         return importlib.import_module(where)
-    except ModuleNotFoundError as e:
+    except (ModuleNotFoundError, ValueError, TypeError) as e:  # no name, or a relative one
         bad_value(argument, repr(where), "an importable module", f"{e}; run from its directory or install it.")
 
 
@@ -57,5 +57,8 @@ def _load_file(where: str, argument: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as e:
+        bad_value(argument, f"'{where}', line {e.lineno}: {e.msg}", "a Python file")
     return module

@@ -53,6 +53,8 @@ def _show(options: argparse.Namespace) -> int:
             given[name] = json.loads(value)
         except json.JSONDecodeError:
             bad_value("OPTION=VALUE", repr(pair), "a name and a number, true, false or null, such as n=3")
+    if options.samples < 1:
+        bad_value("--samples", str(options.samples), "an integer >= 1")
     samples = task.build(options.seed, length=options.length, **given)
     print(task.about)
     for k in range(options.samples):
