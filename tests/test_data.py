@@ -361,3 +361,12 @@ def test_resets_do_not_copy_the_index():
     assert tracemalloc.get_traced_memory()[1] < 10**6
     tracemalloc.stop()
     assert found.tolist() == [True, False] * 4
+
+
+def test_lines_may_be_blank_and_begin_with_a_mark(tmp_path, capsys):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "two"}\n  \n')
+    assert main(["data", str(tmp_path / "out"), "--jsonl", str(lines), "--validation", "0", "--test", "0"]) == 0
+    assert written(tmp_path / "out", "train") in (b"onetwo", b"twoone")
+    lines.write_bytes(b'{"text": "\xff"}\n')
+    assert "line 1, which is not JSON" in fails(capsys, "data", str(tmp_path / "new"), "--jsonl", str(lines))

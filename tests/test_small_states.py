@@ -191,3 +191,21 @@ def test_a_busy_head_hides_no_quiet_one_in_kernels():
     want = loop(heads, x.double(), [beside(heads).double()], h0.double())[:, :, 0]
     y = ps.scan(heads, x, [beside(heads)], h0, solver=ps.MultipleShooting(64, backend="triton"))[0]
     torch.testing.assert_close(y.double(), want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["at the first step", "beside a busy sequence"])
+@pytest.mark.parametrize("solver", [None, ps.MultipleShooting(64)], ids=["default", "64"])
+def test_a_quiet_sequence_over_chunks_grows(where, solver):
+    torch.manual_seed(0)
+    module = torch.nn.RNN(8, 8, bias=False, batch_first=True)
+    x, h0 = torch.zeros(2, 4096, 8), torch.zeros(1, 2, 8)
+    if where == "at the first step":  # which no guess reads
+        x[:, 0] = 1e-9
+    else:
+        x[0], h0[:, 1] = torch.randn(4096, 8), 1e-9
+    with torch.no_grad():
+        weight: Any = module.weight_hh_l0
+        weight.copy_(1.05 * torch.eye(8))
+        want = module(x, h0)[0]
+        assert float(want[1, -1, 0].abs()) > 0.3 or where == "at the first step"
+        torch.testing.assert_close(ps.parallelize(module, solver)(x, h0)[0], want, rtol=1e-3, atol=1e-5)

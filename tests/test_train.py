@@ -470,6 +470,7 @@ def test_recipes_are_configurations(path):
         ("learning_rate", 0, "learning_rate"),
         ("z_loss", -1, "z_loss"),
         ("warmup", 2, "fraction"),
+        ("weight_decay", 3.0, "at most 1"),
         ("seed", -1, "seed"),
         ("precision", "fp8", "'bf16', 'fp32' or None"),
         ("micro_batch_size", 0, "micro_batch_size"),

@@ -80,11 +80,13 @@ def json_lines(paths: list[Path], field: str, validation: float, test: float) ->
 
     def documents() -> Iterator[str]:
         for path in paths:
-            with open(path, encoding="utf-8") as file:
+            with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
+                    if not line.strip():
+                        continue
                     try:
-                        found = json.loads(line)
-                    except ValueError as e:
+                        found = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    except ValueError as e:  # of UTF-8, too
                         bad_value("--jsonl", f"'{path}' line {number}, which is not JSON ({e})", "an object a line")
                     yield _text(found, field, f"'{path}' line {number}")
 

@@ -81,6 +81,10 @@ class TrainConfig:
                 bad_value(name, repr(value), f"a finite number {'>' if name in positive else '>='} 0")
         if self.warmup > 1:
             bad_value("warmup", repr(self.warmup), "a fraction of the steps, at most 1")
+        if self.weight_decay > 1:
+            bad_value(
+                "weight_decay", repr(self.weight_decay), "at most 1, which leaves nothing of a weight at the peak rate"
+            )
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 bad_type(name, getattr(self, name), "true or false")

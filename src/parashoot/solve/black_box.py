@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ConvergenceError, GradientError
 from .chunks import Chunks
-from .settle import is_settled, moves, noise, passes_left, read, relative_moves
+from .settle import grew, is_settled, moves, noise, passes_left, read, relative_moves
 
 # (steps (N, D) in chunked order, batch sizes or None, starts, weights) -> (outputs (N, H), ends); differentiable where gradients are on.
 Shoot = Callable[[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
@@ -221,15 +221,24 @@ def course(
     task: Task, inner: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], needed: Sequence[bool] | None
 ) -> Course:
     """The planned passes over the task's chunks, steps `inner` in chunked order, without waiting for the device."""
-    chunks, lead, begun = task.chunks, task.guess(task.chunks), None
+    chunks, lead, begun, before = task.chunks, task.guess(task.chunks), None, None
     starts = chunks.hand_on([v.new_zeros(chunks.rows, v.shape[1]) for v in initial], initial)
     for k in range(1, task.planned):
         part = inner[(chunks.length - lead) * chunks.rows :] if k == 1 else inner
         after = chunks.hand_on(launch(task, chunks, part, starts, weights, None).ends, initial)
-        begun = moves(after, starts).max() if begun is None else begun
+        before = moves(after, starts)
+        begun = before.max() if begun is None else begun
         starts = after
     run = launch(task, chunks, inner, starts, weights, needed)
-    return Course(run, starts, begun, moves(chunks.hand_on([e.detach() for e in run.ends], initial), starts).max())
+    after = chunks.hand_on([e.detach() for e in run.ends], initial)
+    moved = moves(after, starts)
+    most = moved.max()
+    if (
+        begun is not None and before is not None
+    ):  # a start that did not come nearer counts as one that moved as far as any
+        (came,) = chunks.hand_on([before[:, None]], [before.new_zeros(len(initial[0]), 1)])
+        most = torch.where(grew(after, starts, moved, before.maximum(came[:, 0])), most.maximum(begun), most)
+    return Course(run, starts, begun, most)
 
 
 def judge(task: Task, begun: Tensor | None, moved: Tensor, dtype: torch.dtype) -> tuple[bool, float, float]:

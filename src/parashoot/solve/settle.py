@@ -18,6 +18,16 @@ def moves(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
     return torch.stack(found).amax(0)
 
 
+def grew(new: Sequence[Tensor], old: Sequence[Tensor], moved: Tensor, before: Tensor) -> Tensor:
+    """Whether any chunk's start, `new` and `old` (R, H), `moved` (R,) no less than starts it depends on moved `before` (R,) that, however
+    little, and by more than its own roundings: it may be a state that grows, among others that forget."""
+    size, by = (
+        torch.stack([v.abs().amax(1) for v in vs]).amax(0)
+        for vs in (old, [a - b for a, b in zip(new, old, strict=True)])
+    )
+    return ((moved > 0.9 * before) & ~(by <= 16 * torch.finfo(by.dtype).eps * size)).any()
+
+
 def relative_moves(new: Sequence[Tensor], old: Sequence[Tensor]) -> Tensor:
     """The largest change of a gradient relative to the largest gradient, over all states."""
     pairs = zip(new, old, strict=True)
@@ -30,7 +40,7 @@ def read(first: Tensor | None, last: Tensor, steps: int, passes: int, tol: float
     """Waits for the device: contraction of a pass (1 if it shrank nothing), steps in which a change of `first` (None: of 1) shrinks to `tol` if it shrank to
     `last` in `steps`, and `last`."""
     a, b = torch.stack([torch.ones_like(last) if first is None else first, last]).tolist()
-    if passes > 1 and 0 < a <= b:
+    if passes > 1 and a <= b and b > 0:
         return 1.0, math.inf, b
     if passes == 1 or not b < a:
         return 0.0, (1.0 if b <= tol else math.inf), b
