@@ -503,3 +503,18 @@ def test_biases_survive_a_round_trip(tmp_path, given):
     config.save_pretrained(tmp_path)
     assert ParaRNNConfig.from_pretrained(tmp_path) == config
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
+def test_checkpointing_of_either_kind_keeps_gradients_through_a_past(model):
+    ids, found = tokens(2, 12), []
+    model.train()
+    for kind in (None, False, True):
+        if kind is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind})
+        cache = Cache()
+        model(ids[:, :5], past_key_values=cache, use_cache=True)
+        loss = model(ids[:, 5:], past_key_values=cache, labels=ids[:, 5:]).loss
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    for grads in found[1:]:
+        for one, other in zip(grads, found[0], strict=True):
+            close(one, other)

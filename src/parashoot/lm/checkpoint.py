@@ -99,9 +99,8 @@ def save(
             shutil.rmtree(path, ignore_errors=True)  # of this very step, by a run killed before `latest` named it
             os.replace(beside, path)
             _write(run / LATEST, path.name + "\n")
-            for old in [p for p in steps(run) if int(p.name[5:]) <= step][
-                :-keep
-            ]:  # a run that went back has later ones
+            before = [p for p in steps(run) if int(p.name[5:]) <= step]  # a run that went back has later ones, too
+            for old in before[:-keep]:
                 shutil.rmtree(old)
     except (OSError, CheckpointException) as e:
         problem = _reason(e)

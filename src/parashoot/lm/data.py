@@ -62,9 +62,8 @@ class Tokens:
     def resets(self, start: int, stop: int) -> np.ndarray:
         """(stop - start,) bool: whether a document begins at each of the tokens start..stop-1."""
         found = np.zeros(stop - start, bool)
-        first, last = np.searchsorted(
-            self.starts, np.array((start, stop), np.uint64)
-        )  # other types copy the whole index
+        ends = np.array((start, stop), np.uint64)  # of another type they would have the whole index copied
+        first, last = np.searchsorted(self.starts, ends)
         found[self.starts[first:last].astype(np.int64) - start] = True
         return found
 

@@ -109,13 +109,19 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
         checkpointed = self.gradient_checkpointing and self.training
         after = []
         for k, block in enumerate(self.layers):
-            call = partial(self._gradient_checkpointing_func, block.__call__) if checkpointed else block
+            call = self._checkpointed(block) if checkpointed else block
             x, new = call(x, past.blocks[k] if past.blocks else None, reset, use_cache)
             after.append(new)
         if use_cache:
             past.blocks, past.length = after, past.length + x.shape[1]
         out = BaseModelOutputWithPast(self.norm(x), past if use_cache else None)  # type: ignore[arg-type]
         return out.to_tuple() if return_dict is False else out
+
+    def _checkpointed(self, block: nn.Module) -> Any:
+        """The block under activation checkpointing, never reentrant: that would lose the gradients through a past."""
+        function: Any = self._gradient_checkpointing_func
+        options = {"use_reentrant": False} if "use_reentrant" in getattr(function, "keywords", {}) else {}
+        return partial(function, block.__call__, **options)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):

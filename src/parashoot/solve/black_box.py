@@ -233,9 +233,8 @@ def course(
     after = chunks.hand_on([e.detach() for e in run.ends], initial)
     moved = moves(after, starts)
     most = moved.max()
-    if (
-        begun is not None and before is not None
-    ):  # a start that did not come nearer counts as one that moved as far as any
+    if begun is not None and before is not None:
+        # A start that did not come nearer counts as one that moved as far as any.
         (came,) = chunks.hand_on([before[:, None]], [before.new_zeros(len(initial[0]), 1)])
         most = torch.where(grew(after, starts, moved, before.maximum(came[:, 0])), most.maximum(begun), most)
     return Course(run, starts, begun, most)

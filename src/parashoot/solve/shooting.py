@@ -161,9 +161,8 @@ def shoot(
         outside = ~(defect.abs() <= allowed)
         within = not bool(outside.any())
         stuck, rested = False, within
-        if (
-            bare or blind
-        ):  # a small defect says how wrong a result is only if chunks shrink what their starts are wrong by
+        if bare or blind:
+            # A small defect says how wrong a result is only if chunks shrink what their starts are wrong by.
             now = torch.zeros_like(start)
             now[:, :, first + 1 :] = (defect.abs() / size).nan_to_num(math.inf)
             nearer = now[:, :, first + 1 :] <= NEARER * before[:, :, first : n - 1]
