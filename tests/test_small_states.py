@@ -8,6 +8,9 @@ import torch
 import parashoot as ps
 from oracle import by_loop, loop
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for kernels
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
 
 @ps.cell(structure="dense")
 def dense(h: ps.State, x: ps.Input, W: ps.Param):
@@ -128,8 +131,9 @@ def test_a_derivative_of_zero_at_zero_proves_nothing(cell, way):
         x += 0.06
     want = loop(cell, x.double(), [], h0.double())[:, :, cell.output]
     assert float(want[0, -1, 0]) > 0.1
-    y = ps.scan(cell, x, None, h0, solver=ways[way])[0]
-    torch.testing.assert_close(y.double(), want, rtol=1e-3, atol=1e-5)
+    place = DEVICE if way == "kernels" else "cpu"
+    y = ps.scan(cell, x.to(place), None, h0.to(place), solver=ways[way])[0]
+    torch.testing.assert_close(y.double().cpu(), want, rtol=1e-3, atol=1e-5)
 
 
 def test_a_limit_says_so_where_a_kink_hides_a_state():
@@ -143,7 +147,8 @@ def test_units_that_switch_off_take_no_more_passes():
     for solver, most in ((ps.MultipleShooting(64), 3), (ps.MultipleShooting(128, backend="triton"), 1)):
         if solver.backend == "triton":
             pytest.importorskip("triton")
-        info = ps.scan(half, x, None, solver=solver, return_info=True)[2]
+        place = DEVICE if solver.backend == "triton" else "cpu"
+        info = ps.scan(half, x.to(place), None, solver=solver, return_info=True)[2]
         assert info.iterations <= most
 
 
@@ -189,8 +194,9 @@ def test_a_busy_head_hides_no_quiet_one_in_kernels():
     x, h0 = torch.randn(1, 640, 1, 8), torch.full((1, 1, 8), 1e-10)
     x[..., 4:] = 0.0
     want = loop(heads, x.double(), [beside(heads).double()], h0.double())[:, :, 0]
-    y = ps.scan(heads, x, [beside(heads)], h0, solver=ps.MultipleShooting(64, backend="triton"))[0]
-    torch.testing.assert_close(y.double(), want, rtol=1e-3, atol=1e-5)
+    given = x.to(DEVICE), [beside(heads).to(DEVICE)], h0.to(DEVICE)
+    y = ps.scan(heads, *given, solver=ps.MultipleShooting(64, backend="triton"))[0]
+    torch.testing.assert_close(y.double().cpu(), want, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["at the first step", "beside a busy sequence"])
