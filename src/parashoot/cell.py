@@ -229,8 +229,9 @@ def _fingerprint(fn: types.FunctionType, name: str, seen: set) -> tuple:
     seen.add(fn)
     code, found = fn.__code__, []
     reads, imports, static = _code_facts(code)
-    for hidden in {"eval", "exec", "globals"} & {*reads} - {*fn.__globals__}:
-        bad_cell(name, f"the step calls {hidden}", "What it reads could change unnoticed. Write names themselves.")
+    for hidden in ("eval", "exec", "globals"):
+        if hidden in reads and hidden not in fn.__globals__:
+            bad_cell(name, f"the step calls {hidden}", "What it reads could change unnoticed. Write names themselves.")
     for module in imports:
         found.append((module, _value(_imported(module, fn, name), module, code, name, seen)))
     for var, slot in zip(code.co_freevars, fn.__closure__ or (), strict=True):
