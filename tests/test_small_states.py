@@ -113,7 +113,7 @@ ways = {
     "shooting": ps.MultipleShooting(64),
     "newton": ps.Newton(),
     "diagonal": ps.MultipleShooting(64, jacobian="diagonal"),
-    "kernels": ps.MultipleShooting(128, backend="triton"),
+    "kernels": ps.MultipleShooting(64, backend="triton"),
 }
 
 
