@@ -267,6 +267,14 @@ def test_a_prompt_read_in_chunks_continues_alike(mixer, chunk):
     assert torch.equal(got[:, 9:], greedy(model, ids, 6))
 
 
+@pytest.mark.parametrize("chunk", [3, 6])
+def test_a_padded_prompt_read_in_chunks_continues_alike(model, chunk):
+    texts, ids, mask = left_padded((12, 5, 7))
+    options = {"max_new_tokens": 6, "do_sample": False, "past_key_values": Cache()}
+    got = model.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **options)[:, 12:]
+    assert torch.equal(got, torch.cat([greedy(model, text, 6) for text in texts]))
+
+
 @pytest.mark.parametrize("mixer", ["rnn", "attention"])
 @pytest.mark.parametrize("seen", [1, 5, 8])
 def test_a_cache_is_continued_by_the_whole_text_or_by_what_it_lacks(mixer, seen):
