@@ -316,7 +316,7 @@ def growing(h: ps.State, x: ps.Input, W: ps.Param):
 
 def test_what_is_small_may_grow(tiling):
     """States and gradients within the tolerance at first, forward and backward."""
-    tiling(Tiling(8, 1, 2, 2, 8, 8, 1))
+    tiling(Tiling(16, 1, 2, 2, 8, 8, 1))
     W, x, h0 = 1.2 * torch.eye(4).repeat(2, 1, 1), torch.zeros(1, 128, 1, 8), torch.full((1, 1, 8), 1e-10)
     want = loop(growing, x.double(), [W.double()], h0.double())[:, :, 0]
     gx, gW, gh = moved(x, W, h0)
@@ -335,7 +335,7 @@ def test_what_is_small_may_grow(tiling):
 
 def test_a_gradient_of_the_last_step_takes_two_passes(tiling, monkeypatch):
     """What comes from there fades, chunk by chunk: the second pass shows it."""
-    tiling(Tiling(8, 1, 2, 2, 8, 16, 1))
+    tiling(Tiling(16, 1, 2, 2, 8, 16, 1))
     reports, jobs = [], runtime._jobs_for_heads
     monkeypatch.setattr(runtime, "_jobs_for_heads", lambda *given: reports.append(jobs(*given)) or reports[-1])
     monkeypatch.setattr(runtime, "_backward_like", lambda *given: [])
