@@ -102,7 +102,7 @@ def compile_convolution(direction: str, taps: int, dtype: str, past: bool, reset
     """The same of a kernel of the causal convolution with the tile it has."""
     from parashoot.triton import convolution
 
-    kernel, tile = getattr(convolution, direction), getattr(convolution, direction.upper())
+    kernel, tile = getattr(convolution, direction), convolution.tile_for(direction, taps)
     constants = {"K": taps, "PAST": past, "RESET": reset, "FAST": True}
     constants |= {"BLOCK": tile.block, "STEPS": tile.steps, "GROUP": tile.group}
     signature, values, attributes = {}, {}, {}

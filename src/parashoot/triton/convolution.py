@@ -30,7 +30,11 @@ class Tile(NamedTuple):
     warps: int
 
 
-FORWARD, BACKWARD = Tile(128, 64, 8, 2), Tile(128, 128, 4, 2)
+def tile_for(direction: str, taps: int) -> Tile:
+    """Backward with few taps a thread has registers for four channels, else for two."""
+    return Tile(128, 64, 8, 2) if direction == "forward" else Tile(128, 128, 4, 1 if taps <= 4 else 2)
+
+
 FIXED = ("T", "segments", "r_b", "r_t")  # lengths compile nothing new
 
 
@@ -222,7 +226,7 @@ def run_forward(
     """u (B, T, C), weight (k, C), bias (C,), past (B, k - 1, C), reset (B, T) bool -> y (B, T, C), in the dtype of u."""
     y, taps = u.new_empty(u.shape), len(weight)
     given = {"w_ptr": weight.contiguous(), "b_ptr": bias.contiguous(), "y_ptr": y}
-    _launch(forward, tile or FORWARD, u, past, reset, taps, **given)
+    _launch(forward, tile or tile_for("forward", taps), u, past, reset, taps, **given)
     return y
 
 
@@ -234,7 +238,8 @@ def run_backward(
     dy (B, T, H, C / H): channels in heads, which may lie wherever they do; du (B, T, C or more), contiguous, takes the gradient of u in
     its first C channels.
     """
-    (batch, time, channels), taps, tile = u.shape, len(weight), tile or BACKWARD
+    (batch, time, channels), taps = u.shape, len(weight)
+    tile = tile or tile_for("backward", taps)
     if dy.stride(3) != 1 or dy.stride(1) >= 2**22 or (dy.shape[2] > 1 and dy.shape[3] % tile.block):
         dy = dy.reshape(batch, time, 1, channels).contiguous()
     dpast = u.new_empty(0) if past is None else past.new_empty(past.shape)

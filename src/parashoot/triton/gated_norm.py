@@ -24,7 +24,7 @@ def backward(
     col = tl.arange(0, BLOCK)
     w = tl.load(w_ptr + col, mask=col < C, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK], tl.float32)
-    for i in range(per):
+    for i in tl.range(per, num_stages=2):  # the next row's loads are under way
         row, inside = first + i, (col < C) & (first + i < rows)
         g = tl.load(g_ptr + row * g_row + col, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + row * y_row + col, mask=inside, other=0.0).to(tl.float32)
