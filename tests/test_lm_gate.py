@@ -13,7 +13,7 @@ from oracle import random_resets, relative
 from parashoot.errors import GradientError
 from parashoot.lm.block import Block, Recurrence
 from parashoot.lm.conv import CausalConv, causal_conv_backward, shifted_products
-from parashoot.lm.gate import GatedNorm, HalfConv, gated_norm, gated_norm_backward
+from parashoot.lm.gate import GatedNorm, HalfConv, gated_norm, gated_norm_backward, gated_norm_forward
 
 pytest.importorskip("triton")
 
@@ -30,21 +30,22 @@ def problem(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Te
 
 
 def exact(dn: Tensor, y: Tensor, ug: Tensor, weight: Tensor) -> list[Tensor]:
-    """dy, dg and dw in float64."""
+    """n, dy, dg and dw in float64."""
     y, ug, weight = (x.double().requires_grad_() for x in (y, ug, weight))
-    dy, dug, dw = torch.autograd.grad(gated_norm(y, ug, weight, EPS), (y, ug, weight), dn.double())
+    n = gated_norm(y, ug, weight, EPS)
+    dy, dug, dw = torch.autograd.grad(n, (y, ug, weight), dn.double())
     assert not dug[..., : y.shape[-1]].any()
-    return [dy, dug[..., y.shape[-1] :], dw]
+    return [n.detach(), dy, dug[..., y.shape[-1] :], dw]
 
 
 def by_kernel(dn: Tensor, y: Tensor, ug: Tensor, weight: Tensor) -> list[Tensor]:
-    dy, dug, dw = gated_norm_backward(dn, y, ug, weight, EPS)
+    n, (dy, dug, dw) = gated_norm_forward(y, ug, weight, EPS), gated_norm_backward(dn, y, ug, weight, EPS)
     assert dug.is_contiguous() and dug.shape == ug.shape
-    return [dy, dug[..., y.shape[-1] :], dw]
+    return [n, dy, dug[..., y.shape[-1] :], dw]
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 40), (37, 16), (1, 1, 33), (3, 2), (0, 8)])
-def test_the_kernel_gives_the_gradient(shape):
+def test_the_kernels_give_the_norm_and_its_gradient(shape):
     given = problem(*shape)
     for got, want in zip(by_kernel(*given), exact(*given), strict=True):
         assert got.shape == want.shape
@@ -53,13 +54,13 @@ def test_the_kernel_gives_the_gradient(shape):
 
 def test_bf16_is_rounded_once_and_the_weights_gradient_not_at_all():
     given = problem(9, 64, dtype=torch.bfloat16)
-    dy, dg, dw = by_kernel(*given)
+    *rounded, dw = by_kernel(*given)
     rounding = 2**-8 if ON_GPU else 2**-7  # Triton's interpreter cuts off what a bf16 does not hold
     want = exact(*given)
-    for got, true in ((dy, want[0]), (dg, want[1])):
+    for got, true in zip(rounded, want[:3], strict=True):
         assert got.dtype == torch.bfloat16
         assert bool(((got.double() - true).abs() <= rounding * true.abs() + 1e-5).all())
-    assert dw.dtype == torch.float32 and relative(dw.double(), want[2]) < 1e-5
+    assert dw.dtype == torch.float32 and relative(dw.double(), want[3]) < 1e-5
 
 
 def test_any_strides():
@@ -79,6 +80,7 @@ def test_a_row_of_zeros_has_a_gradient():
 
 def test_the_operators_are_sound():
     given = problem(3, 8)
+    torch.library.opcheck(gated_norm_forward, (*given[1:], EPS))
     torch.library.opcheck(gated_norm_backward, (*given, EPS), test_utils=("test_schema", "test_autograd_registration"))
     conv, u = CausalConv(5, 3).to(DEVICE), torch.randn(2, 9, 5, device=DEVICE)
     given = (u.view(2, 9, 1, 5), u, conv.weight.detach(), conv.bias.detach(), None, None, torch.empty_like(u))

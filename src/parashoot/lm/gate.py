@@ -67,13 +67,13 @@ class _Convolved(torch.autograd.Function):
 
 
 class _GatedNorm(torch.autograd.Function):
-    """`gated_norm` with one kernel behind it, which leaves the first half of ug's gradient to `_Convolved`."""
+    """`gated_norm` by a kernel each way, of which the second leaves the first half of ug's gradient to `_Convolved`."""
 
     @staticmethod
     def forward(ctx, y: Tensor, ug: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(y, ug, weight)
         ctx.eps = eps
-        return gated_norm(y, ug, weight, eps)
+        return gated_norm_forward(y, ug, weight, eps)
 
     @staticmethod
     def backward(ctx, dn: Tensor):  # type: ignore[override]
@@ -81,6 +81,19 @@ class _GatedNorm(torch.autograd.Function):
         y, ug, weight = ctx.saved_tensors
         dy, dug, dw = gated_norm_backward(dn, y, ug, weight, ctx.eps)
         return dy, dug, dw.to(weight.dtype), None
+
+
+@torch.library.custom_op("parashoot::gated_norm", mutates_args=())
+def gated_norm_forward(y: Tensor, ug: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`gated_norm` in one pass, rounded once."""
+    from ..triton.gated_norm import run_forward  # Triton is imported where it is used
+
+    return run_forward(y, ug[..., y.shape[-1] :], weight, eps)
+
+
+@gated_norm_forward.register_fake
+def _(y, ug, weight, eps):
+    return y.new_empty(y.shape)
 
 
 @torch.library.custom_op("parashoot::gated_norm_backward", mutates_args=())
