@@ -338,7 +338,9 @@ def test_a_gradient_of_the_last_step_takes_two_passes(tiling, monkeypatch):
     tiling(Tiling(16, 1, 2, 2, 8, 16, 1))
     reports, jobs = [], runtime._jobs_for_heads
     monkeypatch.setattr(runtime, "_jobs_for_heads", lambda *given: reports.append(jobs(*given)) or reports[-1])
-    monkeypatch.setattr(runtime, "_backward_like", lambda *given: [])
+    monkeypatch.setattr(
+        runtime, "compile_together", lambda *given: None
+    )  # on a GPU it asks for jobs too, which do not run
     W, x = 0.3 * torch.eye(4).repeat(2, 1, 1), torch.randn(1, 128, 1, 8)
     gx, gW = moved(x, W)
     gx.requires_grad_()
