@@ -74,8 +74,9 @@ class Training:
     def start(cls, config: TrainConfig, group: Processes, *, drawn: bool = True, **rest: Any) -> Any:
         """A new model, its weights drawn from the seed or, if not `drawn`, left to be loaded; `rest` are a subclass's fields."""
         model = build_model(config.model.replace(z_loss=config.z_loss))
+        whole = group.size == 1 and config.micro_batch(1) >= config.batch_size
         for layer in model.recurrent_layers():
-            layer.drops_outward = False  # of a pass: the sum's is dropped
+            layer.drops_outward = whole  # where several passes add up, it is the sum's that is dropped
         place(
             model, group, seed=config.seed if drawn else None, bf16=uses_bf16(config, group), compiled=config.compile,
             checkpointed=config.activation_checkpointing,
@@ -112,7 +113,8 @@ class Training:
             extra = out.z_loss if self.config.z_loss else torch.zeros_like(out.loss)
             sums += torch.stack([(out.loss - extra).detach(), extra.detach()]).float() / len(batch)
         for layer in self.model.recurrent_layers():
-            layer.drop_outward()
+            if not layer.drops_outward:
+                layer.drop_outward()
         return sums
 
     def update(self, batch: Batch, rate: float) -> Late:
