@@ -148,7 +148,7 @@ def profiled(training: Training) -> dict[str, Any]:
     return shares((e.name, e.time_range.start, e.time_range.end) for e in found if gpu or not e.cpu_children)
 
 
-def shares(ran: Iterable[Interval], top: int = 50) -> dict[str, Any]:
+def shares(ran: Iterable[Interval], top: int = 40) -> dict[str, Any]:
     """From the intervals (name, start, end) of kernels, in microseconds: the `top` names by total time, with calls, ms and share of the
     whole span, and the share of the span in which none ran. Kernels of several streams may overlap."""
     ran = sorted(ran, key=lambda k: k[1])
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--checkpointed", action="store_true", help="keep only the blocks' inputs for backward")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument(
-        "--profile", action="store_true", help="also the 50 longest kernels, and the share of time without any"
+        "--profile", action="store_true", help="also the 40 longest kernels, and the share of time without any"
     )
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--commit", metavar="HASH", help="what the rows call this version (default: git's)")
