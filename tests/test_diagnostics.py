@@ -25,6 +25,18 @@ def test_layer_passes(layer):
     assert ps.verify(layer, torch.randn(2, 40, 6)).passed
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer", [ps.ParaGRU, ps.ParaLSTM])
+def test_a_narrow_layer_passes(layer, dtype):
+    """What its projections round is rounded in the loop too."""
+    torch.manual_seed(0)
+    assert ps.verify(layer(64, 64, 2, dtype=dtype), torch.randn(2, 100, 64).to(dtype)).passed
+
+
+def test_parameters_as_one_tensor():
+    assert ps.verify(ps.cells.gru, torch.randn(1, 8, 3, 4), torch.randn(3, 4)).passed
+
+
 def test_loose_tolerance_fails():
     @ps.cell
     def slow(h: ps.State, x: ps.Input):

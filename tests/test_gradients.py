@@ -225,3 +225,27 @@ def test_gradients_by_stacked_parameters_and_expanded_inputs(structure):
         stacked = torch.stack(params).requires_grad_()
         (got,) = torch.autograd.grad((ps.scan(cell, x, stacked, h0)[0] * dy).sum(), stacked)
         assert relative(got, torch.stack(gradients(by_loop(cell), x, params, h0, dy, None)[1:-1])) <= 1e-9
+
+
+@ps.cell(structure="headwise", width=4)
+def by_matmul(h: ps.State, x: ps.Input, R: ps.Param):
+    return torch.tanh((R @ h.unsqueeze(-1)).squeeze(-1) + x)
+
+
+@ps.cell(structure="headwise", width=4)
+def by_row(h: ps.State, x: ps.Input, R: ps.Param):
+    return torch.tanh((h.unsqueeze(-2) @ R.flatten(1).unflatten(-1, (4, 4))).squeeze(-2) + x)
+
+
+@solvers
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("cell", [by_matmul, by_row], ids=lambda cell: cell.name)
+def test_a_step_may_view_what_it_is_given(cell, batch, solver):
+    """Slices of chunks lie apart in memory, and so may parameters."""
+    x = cotangent(batch, 60, 1, 8)
+    found = []
+    for run in (by_scan(cell, solver=solver), by_loop(cell)):
+        base = (1.1 * torch.linalg.qr(cotangent(2, 4, 4, seed=5))[0]).requires_grad_()
+        y = run(x, [base.mT], torch.zeros(batch, 1, 8, dtype=torch.float64))[0]
+        found.append(torch.autograd.grad(y.sin().sum(), base)[0])
+    assert relative(*found) < 1e-9

@@ -13,7 +13,7 @@ SHORT = {SRC / name for name in ("scan.py", "plan.py", "op.py", "trace.py")} | s
 
 # Groups of modules, foundations first: each may import itself and the rows before its own. "parashoot" is the package, whose
 # __init__.py re-exports everything up to the layers. Concrete cells stand apart: few may name them, and they know only `cell`.
-ROWS = "errors garbage | cell | graph rules | heads | trace | tiling | plan | parallel_plan | solve triton | op | scan | diagnostics tune | layers parallelize | parashoot | lm bench | tasks | cli | __main__"
+ROWS = "errors garbage lock | cell | graph rules | heads | trace | tiling | plan | parallel_plan | solve triton | op | scan | diagnostics tune | layers parallelize | parashoot | lm bench | tasks | cli | __main__"
 RANK = {group: rank for rank, row in enumerate(ROWS.split("|")) for group in row.split()}
 NAME_CELLS = {"cells", "layers", "lm", "tasks", "bench", "cli"}
 

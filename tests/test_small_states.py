@@ -215,3 +215,16 @@ def test_a_quiet_sequence_over_chunks_grows(where, solver):
         want = module(x, h0)[0]
         assert float(want[1, -1, 0].abs()) > 0.3 or where == "at the first step"
         torch.testing.assert_close(ps.parallelize(module, solver)(x, h0)[0], want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hypot_of_what_has_no_square(dtype):
+    @ps.cell
+    def far(h: ps.State, x: ps.Input, u: ps.Input):
+        return torch.hypot(x, u) + 0.0 * h
+
+    x = torch.tensor([1e-30, 1e20, 3.0, 0.0, torch.inf, 1e-30, -1e20]).to(dtype)
+    u = torch.tensor([2e-30, -1e19, 4.0, 0.0, 1.0, 0.0, 1e20]).to(dtype)
+    y, _ = ps.scan(far, torch.stack([x, u])[None, None].to(DEVICE), solver=ps.MultipleShooting(backend="triton"))
+    rtol = 1e-6 if dtype == torch.float32 else 2**-7  # Triton's interpreter cuts off what a bf16 does not hold
+    torch.testing.assert_close(y[0, 0].cpu(), torch.hypot(x.double(), u.double()).to(dtype), rtol=rtol, atol=0.0)

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("transformers")
 import parashoot as ps
+from parashoot.bench.rows import add_rows
 from parashoot.cli import main
 from parashoot.errors import ArgumentError, ArgumentTypeError
 from parashoot.tasks import run as runner
@@ -240,7 +241,7 @@ def test_rates_are_picked_on_validation_and_left_out_after_a_perfect_one(tmp_pat
     assert [row["validation"] for row in rows] == list(scores.values())
     assert [row["trial"]["learning_rate"] for row in picked(rows)] == [0.2, 0.3]
     text = tables(rows)
-    assert "| parity, 6        | 9         | 90.0 (80.0) |" in text
+    assert "| parity, 6, by token | 9         | 90.0 (80.0) |" in text
     assert "0.2 0.3" in text and "cut off |" not in text
     cells = [
         {**row, "trial": {**row["trial"], "model": f"cell:{name}:mine"}} for row in rows[:1] for name in ("a", "b")
@@ -252,7 +253,7 @@ def test_rates_are_picked_on_validation_and_left_out_after_a_perfect_one(tmp_pat
     with out.open("a") as file:
         file.write(json.dumps({**rows[0], "validation": 0.0}))  # once more, and worse, without an end of line
     assert [row["validation"] for row in read(out)] == [0.0, *list(scores.values())[1:]]
-    runner._append(out, {**rows[0], "validation": 0.25})
+    add_rows(out, [{**rows[0], "validation": 0.25}])
     assert len(out.read_text().splitlines()) == 7 and read(out)[0]["validation"] == 0.25
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import softplus
 
 import parashoot as ps
-from oracle import CELLS, leaves, random_problem
+from oracle import CELLS, leaves, loop, random_problem
 from parashoot import trace as tracing
 from parashoot.cell import feature_shape, parameter_kinds, parameter_shapes
 from parashoot.trace import trace
@@ -392,3 +392,46 @@ def test_garbage_is_collected_as_before_after_a_trace_that_fails():
             assert gc.isenabled() is enabled
         finally:
             gc.enable()
+
+
+def test_constants_keep_their_kind_and_sign():
+    @ps.cell
+    def chosen(h: ps.State, u: ps.Input, x: ps.Input):
+        both = torch.where(h > 0, True, False) & (x > 0)
+        return torch.where(h > 0, 1.0, 0.0) * u + torch.where(both, 0.3, 0.1) + 0.0 * torch.where(x > 0, -0.0, 0.0)
+
+    @ps.cell
+    def raised(h: ps.State, x: ps.Input):
+        return 0.5 * h + torch.pow(-2.0, x)
+
+    x = torch.tensor([1.0, 2.0, 3.0, 0.0]).view(1, 4, 1, 1)
+    assert ps.scan(raised, x)[0].flatten().tolist() == [-2.0, 3.0, -6.5, -2.25]
+    x = torch.randn(1, 40, 2, 3, dtype=torch.float64)
+    torch.testing.assert_close(ps.scan(chosen, x)[0], loop(chosen, x, [], x.new_zeros(1, 1, 3))[:, :, 0])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-10, 1.0, 1e20])
+def test_hypot_neither_overflows_nor_vanishes(size):
+    @ps.cell
+    def far(h: ps.State, x: ps.Input):
+        return torch.hypot(x, 0.5 * x) + 0.0 * h
+
+    x = torch.tensor([[1.0, -1.0]]).view(1, 2, 1, 1).mul(size).requires_grad_()
+    y = ps.scan(far, x)[0]
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(y.detach().flatten() / size, torch.full((2,), 1.25**0.5))
+    torch.testing.assert_close(grad.flatten(), torch.tensor([1.25**0.5, -(1.25**0.5)]))
+
+
+def test_what_pytorch_writes_on_its_own_is_no_step_that_writes_in_place():
+    @ps.cell(structure="headwise", width=4)
+    def normed(h: ps.State, x: ps.Input):
+        return torch.tanh(0.5 * torch.nn.functional.rms_norm(h, h.shape[-1:]) + x)
+
+    @ps.cell
+    def near(h: ps.State, x: ps.Input):
+        return torch.where(torch.isclose(h, x), 0.1 * h, 0.5 * h + x)
+
+    for cell in (normed, near):
+        x = torch.randn(2, 40, 1, 8, dtype=torch.float64)
+        torch.testing.assert_close(ps.scan(cell, x)[0], loop(cell, x, [], x.new_zeros(2, 1, 8))[:, :, 0])

@@ -198,7 +198,7 @@ def _data(options: argparse.Namespace) -> int:
         bad_value(
             "--validation and --test", f"{shares[0]:g} and {shares[1]:g}", "shares >= 0 that leave some to train on"
         )
-    if options.tokenizer and options.train_bpe:
+    if options.tokenizer and options.train_bpe is not None:
         bad_value("--train-bpe", f"{options.train_bpe} with --tokenizer", "one of them")
     if options.eot and not options.tokenizer:
         bad_value("--eot", f"{options.eot!r} without --tokenizer", "both or neither")
@@ -213,7 +213,7 @@ def _data(options: argparse.Namespace) -> int:
         source = sources.hugging_face(
             options.hf, options.subset, options.split, options.field, options.streaming, *shares
         )
-    if options.train_bpe:
+    if options.train_bpe is not None:
         tokenizer = Subwords.train((p.text for p in source() if p.split == "train"), options.train_bpe)
     index = prepare(out, source, tokenizer)
     for name, facts in index["splits"].items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .cell import Cell, feature_shape, parameter_shapes
 from .errors import bad_type
 from .op import as_seen
-from .plan import Solver, check_solver, trace_for
+from .plan import Solver, check_solver, compute_dtype, trace_for
 from .scan import check_arguments, scan
 from .solve.linear import Algebra
 from .solve.sequential import loop
@@ -94,7 +94,7 @@ def _verify_cell(cell: Cell, x: Tensor, params: Any, h0: Tensor | None, solver: 
             for s in parameter_shapes(cell, x.shape[3])
         )
         params = tuple(p.to(x.dtype) for p in params) if x.dtype == torch.float64 else params
-    given = check_arguments(cell, x, params or None, h0, None)
+    given = check_arguments(cell, x, params if isinstance(params, Tensor) or params else None, h0, None)
     start = x.new_zeros(x.shape[0], len(cell.states), x.shape[3]) if h0 is None else h0
     info = scan(cell, x.detach(), given or None, start.detach(), solver=solver, return_info=True)[2]
 
@@ -104,8 +104,9 @@ def _verify_cell(cell: Cell, x: Tensor, params: Any, h0: Tensor | None, solver: 
     def plain(x: Tensor, start: Tensor, *ps: Tensor) -> Tensor:
         return loop(cell, x, list(ps) or None, start)[0]
 
-    leaves = [x, start, *given]
-    found = _compare(parallel, plain, leaves, x.dtype, seed)
+    leaves, narrow = [x, start, *given], x.dtype in (torch.bfloat16, torch.float16)
+    own = [v.float() for v in leaves] if narrow else leaves
+    found = _compare(parallel, plain, leaves, own, x.dtype, seed)
     exponent = lyapunov_exponents(cell, x, given or None, start)
     return _report(cell.name, x, found, info, float(exponent.max()))
 
@@ -120,7 +121,8 @@ def _verify_layer(layer: Any, x: Tensor, seed: int) -> Report:
         return tuple(result)
 
     def looped(cell: Any, x: Tensor, *args: Any, solver: Any = None, **options: Any) -> Any:
-        return loop(cell, x.flatten(3), *args, **options)
+        y, final = loop(cell, x.flatten(3).to(compute_dtype(x.dtype)), *args, **options)
+        return y.to(x.dtype), final
 
     def runner(run_scan: Callable) -> Callable[..., Tensor]:
         def run(x: Tensor, *ps: Tensor) -> Tensor:
@@ -131,19 +133,17 @@ def _verify_layer(layer: Any, x: Tensor, seed: int) -> Report:
         return run
 
     leaves = [x, *(p.detach() for p in layer.parameters())]
-    found = _compare(runner(recording), runner(looped), leaves, x.dtype, seed)
+    found = _compare(runner(recording), runner(looped), leaves, leaves, x.dtype, seed)
     slowest = max(infos, key=lambda info: info.iterations)
     return _report(type(layer).__name__, x, found, slowest, math.nan)
 
 
 def _compare(
-    parallel: Callable, plain: Callable, leaves: list[Tensor], dtype: torch.dtype, seed: int
+    parallel: Callable, plain: Callable, leaves: list[Tensor], own: list[Tensor], dtype: torch.dtype, seed: int
 ) -> dict[str, Any]:
-    """Errors of `parallel` and of `plain` in their own dtype, against `plain` in fp64."""
+    """Errors of `parallel`, and of `plain` on `own`, against `plain` in fp64."""
     generator = torch.Generator().manual_seed(seed)
     exact = _run(plain, [v.double() for v in leaves], generator)
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    own = [v.float() for v in leaves] if narrow else leaves
     ours, theirs = _run(parallel, leaves, generator.manual_seed(seed)), _run(plain, own, generator.manual_seed(seed))
     absolute, relative, gradient = BOUNDS[dtype]
     error, loop_error = ((run[0].double() - exact[0]).abs() for run in (ours, theirs))
@@ -183,6 +183,8 @@ def lyapunov_exponents(cell: Cell, x: Tensor, params: Any = None, h0: Tensor | N
     Arguments as in `ps.scan`. Returns (B, C) for a channelwise cell, (B, H) for a headwise, (B, 1) for a dense one; computed in
     fp64. Source: Benettin et al. 1980.
     """
+    if not isinstance(x, Tensor):
+        bad_type("x", x, "a tensor (B, T, G, C)")
     x = (x.flatten(3) if x.dim() == 5 else x).detach().double()
     given = [p.detach().double() for p in check_arguments(cell, x, _doubled(params), _doubled(h0), None)]
     with torch.no_grad():

@@ -20,16 +20,16 @@ Atom = str | float | bool  # a name, or a constant
 EXPRESSIONS = {
     "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}",
     "lt": "{} < {}", "le": "{} <= {}", "gt": "{} > {}", "ge": "{} >= {}", "eq": "{} == {}", "ne": "{} != {}",
-    "and": "{} & {}", "or": "{} | {}", "not": "~{}", "pow": "{} ** {}",
+    "and": "{} & {}", "or": "{} | {}", "not": "~{}", "pow": "({}) ** {}",
     "exp": "torch.exp({})", "expm1": "torch.expm1({})", "log": "torch.log({})", "log1p": "torch.log1p({})",
     "sin": "torch.sin({})", "cos": "torch.cos({})", "tanh": "torch.tanh({})", "sigmoid": "torch.sigmoid({})",
     "sqrt": "torch.sqrt({})", "rsqrt": "torch.rsqrt({})", "abs": "torch.abs({})", "sign": "torch.sign({})",
-    "erf": "torch.erf({})", "atan2": "torch.atan2({}, {})",
+    "erf": "torch.erf({})", "atan2": "torch.atan2({}, {})", "hypot": "torch.hypot({}, {})",
     "maximum": "_maximum({}, {})", "minimum": "_minimum({}, {})", "where": "_where({}, {}, {})",
     "mix": "torch.einsum('hij,rhj->rhi', {}, {})", "mix_t": "torch.einsum('hij,rhi->rhj', {}, {})",
     "total": "({}).sum(-1, keepdim=True)",
 }  # fmt: skip
-_COMMUTATIVE = {"add", "mul", "maximum", "minimum", "eq", "ne", "and", "or"}
+_COMMUTATIVE = {"add", "mul", "maximum", "minimum", "eq", "ne", "and", "or", "hypot"}
 _ALIASES = {"alias", "clone", "detach", "lift_fresh_copy", "lift_fresh"}
 _RENAMED = {
     "bitwise_and": "and", "logical_and": "and", "bitwise_or": "or", "logical_or": "or", "bitwise_not": "not",
@@ -83,12 +83,13 @@ class Builder:
                     return self.add("sub", b, self.ops[a][1][0])
         if op in _COMMUTATIVE:
             args = tuple(sorted(args, key=lambda a: (_is_const(a), str(a))))
-        if (op, args) not in self._seen:
-            self._seen[op, args] = name = f"v{len(self.ops)}"
+        key = (op, *map(repr, args))  # True is 1.0 to a dict, and -0.0 is 0.0
+        if key not in self._seen:
+            self._seen[key] = name = f"v{len(self.ops)}"
             self.ops[name] = (op, args)
             if call is not None:
                 self.calls[op] = call
-        return self._seen[op, args]
+        return self._seen[key]
 
     def _simplify(self, op: str, args: tuple[Atom, ...]) -> Atom | None:
         consts = [_is_const(a) for a in args]
@@ -145,7 +146,7 @@ _COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "sign"}  # where a result or
 
 # Those that take more than one instruction of a GPU, and roughly how many.
 _INSTRUCTIONS = {
-    "exp": 3, "log": 20, "tanh": 2, "sigmoid": 3, "div": 5, "sin": 20, "cos": 20, "erf": 30, "atan2": 40, "log1p": 40, "expm1": 15, "pow": 4,
+    "exp": 3, "log": 20, "tanh": 2, "sigmoid": 3, "div": 5, "sin": 20, "cos": 20, "erf": 30, "atan2": 40, "hypot": 15, "log1p": 40, "expm1": 15, "pow": 4,
     "mix": 32, "mix_t": 32, "total": 24,
 }  # fmt: skip
 
@@ -222,7 +223,7 @@ class Graph:
 def _where_for(dtype: torch.dtype) -> Callable:
     def where(c: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
         if _is_const(a) and _is_const(b):
-            a = torch.tensor(a, dtype=dtype)
+            a = torch.tensor(a, dtype=torch.bool if isinstance(a, bool) and isinstance(b, bool) else dtype)
         return torch.where(c, a, b)
 
     return where
@@ -310,8 +311,6 @@ def convert(builder: Builder, node: torch.fx.Node, args: list[Any]) -> Atom:
         return add("div", 1.0, args[0])
     if name == "relu":
         return add("maximum", args[0], 0.0)
-    if name == "hypot":
-        return add("sqrt", add("add", add("mul", args[0], args[0]), add("mul", args[1], args[1])))
     if name == "gelu" and options.get("approximate", "none") == "none":
         normal = add("add", 1.0, add("erf", add("mul", args[0], math.sqrt(0.5))))
         return add("mul", add("mul", args[0], 0.5), normal)

@@ -14,7 +14,7 @@ from .cells import gru, lstm
 from .errors import bad_type, bad_value
 from .op import advance
 from .plan import Solver, check_solver, compute_dtype
-from .scan import scan
+from .scan import check_reset, scan
 
 
 class RNN(nn.Module):
@@ -24,7 +24,8 @@ class RNN(nn.Module):
     - `num_heads`: B is block-diagonal with that many blocks (input and hidden channels are split into heads).
     - `dropout` between layers while training; `bidirectional` adds a layer in reverse time, outputs concatenated.
     - `recurrent_clip`: vector parameters of the cell act clipped to [-clip, clip]; None: not clipped. What would push one of them further
-      out is dropped from its gradient, in each backward pass, or once by `drop_outward` where `drops_outward` is set to False.
+      out is dropped from its gradient: of each call, or, with `drops_outward` set to False, once by `drop_outward` after the last backward pass.
+      Several calls (of pieces of a sequence, or of `step`) sum to the gradient of one only that way.
     - `initial_bias`: by the name of an input, the number at which its biases begin, or (first, last), between which they lie evenly
       over the channels of each head: {"z": (-6, 0)} makes a GRU's update gates 1/400 to 1/2 at first, memories of 2 to 400 steps.
     - `solver` as in `ps.scan`.
@@ -118,8 +119,9 @@ class RNN(nn.Module):
             elif p.dim() == 1:
                 nn.init.xavier_normal_(p.view(1, -1))
             else:
-                for block in p.view(-1, *p.shape[-2:]):
-                    nn.init.orthogonal_(block)
+                for block in p.data.view(-1, *p.shape[-2:]):  # a decomposition that narrow numbers do not have
+                    exact = torch.promote_types(block.dtype, torch.float32)
+                    block.copy_(nn.init.orthogonal_(torch.empty_like(block, dtype=exact)))
 
     def forward(
         self, x: Tensor, h_0: Tensor | None = None, *, reset: Tensor | None = None, lengths: Tensor | None = None
@@ -134,10 +136,15 @@ class RNN(nn.Module):
         what y is).
         """
         self._check(x, h_0, lengths)
+        check_reset(reset, x)
         finals = []
         if lengths is not None:  # whatever stands there, NaN too
-            beyond = torch.arange(x.shape[1], device=x.device) >= lengths.to(x.device)[:, None]
-            x = x.masked_fill(beyond.view(*beyond.shape, *[1] * (x.dim() - 2)), 0.0)
+            ends = lengths.to(x.device)
+            beyond = torch.arange(x.shape[1], device=x.device) >= ends[:, None]
+            last = x[
+                torch.arange(x.shape[0], device=x.device), ends - 1
+            ]  # zeros would be numbers that the step may not be made for
+            x = torch.where(beyond.view(*beyond.shape, *[1] * (x.dim() - 2)), last.unsqueeze(1), x)
         out = x
         for layer in range(self.num_layers):
             if layer and self.dropout:
@@ -164,6 +171,8 @@ class RNN(nn.Module):
                 "a unidirectional layer for step()",
                 "A reverse layer needs the whole sequence.",
             )
+        if not isinstance(x_t, Tensor):
+            bad_type("x_t", x_t, f"a tensor (B, D) with D = {self.input_size}")
         if x_t.dim() != 2:
             bad_value("x_t", x_t, f"shape (B, D) = (B, {self.input_size})", "One step, no time axis.")
         if inplace and h is None:
@@ -238,7 +247,7 @@ class RNN(nn.Module):
             z = z.gather(1, order[:, :, None, None].expand_as(z))
             if reset is not None:
                 reset = reset.gather(1, (ends - t).clamp(0, z.shape[1] - 1)) & (t > 0) & (t < ends)
-        stop = t == ends
+        stop = t >= ends
         reset = stop if reset is None else reset | stop
         states, _ = self._scan(cell, z, params or None, h_0, reset=reset, return_states=True, **options)
         final = states.gather(1, (ends - 1)[:, :, None, None].expand(-1, 1, *states.shape[2:])).squeeze(1).to(h_0.dtype)
@@ -261,6 +270,8 @@ class RNN(nn.Module):
             shape = (len(self._directions()), x.shape[0], len(self.cell.states), self.hidden_size)
             if not isinstance(h_0, Tensor):
                 bad_type("h_0", h_0, f"None or a tensor {shape}")
+            if not h_0.dtype.is_floating_point:
+                bad_value("h_0", h_0, "a floating dtype")
             if tuple(h_0.shape) != shape:
                 bad_value("h_0", h_0, f"shape (num_layers * directions, B, S, C) = {shape}")
         if lengths is not None:

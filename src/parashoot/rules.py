@@ -22,6 +22,7 @@ Tensors = Sequence[Tensor]
 def check_rules(cell: Cell, states: Tensors, inputs: Tensors, params: Tensors) -> dict[str, str]:
     """Run the step once; the user's line for each operation. Raises `CellError`."""
     rules, name, slots = _Rules(cell), cell.name, len(cell.states)
+    rules.given = {v.untyped_storage().data_ptr() for v in (*states, *inputs, *params)}
     try:
         with _ReadsOut(rules), rules, torch.no_grad():
             out = cell.step(*states, *inputs, *params)
@@ -77,6 +78,8 @@ class _Rules(TorchDispatchMode):
         super().__init__()
         self.cell, self.lines = cell, {}
         self.problem: CellError | None = None
+        self.given: set[int] = set()  # where the step's arguments lie
+        self.called = ""  # the function of PyTorch that runs: some write on what they made themselves
 
     def line(self) -> str:
         frame, code = sys._getframe(2), self.cell.step.__code__
@@ -91,6 +94,12 @@ class _Rules(TorchDispatchMode):
             self.problem = self.problem or e
             raise
 
+    def writes_on_given(self, func: Any, args: Sequence[Any]) -> bool:
+        written = (
+            a for a, v in zip(args, func._schema.arguments, strict=False) if v.alias_info and v.alias_info.is_write
+        )
+        return any(isinstance(a, Tensor) and a.untyped_storage().data_ptr() in self.given for a in written)
+
     def read_out(self, line: str) -> None:
         remedy = "Use torch.where: every step must do the same operations."
         self.refuse("the step branches on, or reads out, the value of a tensor", remedy, line)
@@ -102,7 +111,7 @@ class _Rules(TorchDispatchMode):
             self.refuse(
                 f"the step is random ({func})", "Draw random numbers outside and pass them as a ps.Input.", line
             )
-        if func._schema.is_mutable:
+        if func._schema.is_mutable and (_in_place(self.called) or self.writes_on_given(func, args)):
             self.refuse(f"the step writes in place ({func})", "Return new tensors: h = h + u, not h += u.", line)
         if func._schema.name in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero"):
             self.read_out(line)
@@ -117,9 +126,16 @@ class _ReadsOut(TorchFunctionMode):
         self.rules = rules
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("tolist", "numpy", "__array__", "data_ptr"):
+        self.rules.called = name = getattr(func, "__name__", "")
+        if name in ("tolist", "numpy", "__array__", "data_ptr"):
             self.rules.read_out(self.rules.line())
+        if (kwargs or {}).get("out") is not None:
+            self.rules.called = "out_"
         return func(*args, **(kwargs or {}))
+
+
+def _in_place(name: str) -> bool:
+    return name in ("__setitem__", "") or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
 def line_of(cell: Cell, error: BaseException) -> str:

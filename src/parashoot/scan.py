@@ -135,16 +135,21 @@ def check_arguments(cell: Cell, x: Any, params: Any, h0: Any, reset: Any) -> lis
         if tuple(h0.shape) != (batch, slots, channels):
             bad_value("h0", h0, f"shape (B, S, C) = {(batch, slots, channels)}, one slot for each of {cell.states}")
         _same_place("h0", h0, x)
-    if reset is not None:
-        if not isinstance(reset, Tensor):
-            bad_type("reset", reset, "None or a bool tensor (B, T)")
-        if reset.dtype != torch.bool or tuple(reset.shape) != (batch, time):
-            bad_value(
-                "reset", reset, f"a bool tensor of shape (B, T) = {(batch, time)}", "True where a new sequence begins."
-            )
-        if reset.device != x.device:
-            bad_value("reset", reset, f"the device of x, {x.device}")
+    check_reset(reset, x)
     return found
+
+
+def check_reset(reset: Any, x: Tensor) -> None:
+    """That it is None or a mask of the steps of x (B, T, ...)."""
+    if reset is None:
+        return
+    if not isinstance(reset, Tensor):
+        bad_type("reset", reset, "None or a bool tensor (B, T)")
+    if reset.dtype != torch.bool or reset.shape != x.shape[:2]:
+        shape = f"a bool tensor of shape (B, T) = {tuple(x.shape[:2])}"
+        bad_value("reset", reset, shape, "True where a new sequence begins.")
+    if reset.device != x.device:
+        bad_value("reset", reset, f"the device of x, {x.device}")
 
 
 def _same_place(name: str, v: Tensor, x: Tensor) -> None:

@@ -278,20 +278,20 @@ def _trace_matrix(
         if node.op == "call_function" and node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             node.replace_all_uses_with(node.args[0])
     _, d_states, d_inputs, d_params = _split([slots, slots, inputs, len(shapes)])
-    run_vjp = _outputs_only(fx, [*d_inputs, *d_params])
-    run_pull = _outputs_only(fx, list(d_states))
+    run_vjp, run_pull = _outputs_only(fx, [*d_inputs, *d_params]), _outputs_only(fx, list(d_states))
     width = feature[-1]
     k = slots * width
 
-    def flat(tensors: Tensors) -> list[Tensor]:
-        return [t.reshape(-1, *feature) for t in tensors]
+    def given(states: Tensors, xs: Tensors, ps: Tensors, cots: Tensors) -> list[Tensor]:  # laid out as traced
+        flat = lambda tensors: [t.reshape(-1, *feature) for t in tensors]
+        return [t.contiguous() for t in (*flat(states), *flat(xs), *ps, *flat(cots))]
 
     def pull(states: Tensors, xs: Tensors, ps: Tensors, cots: Tensors) -> list[Tensor]:
-        out = run_pull(*flat(states), *flat(xs), *ps, *flat(cots))
+        out = run_pull(*given(states, xs, ps, cots))
         return [_filled(0.0 if v is None else v.reshape(states[0].shape), states[0]) for v in out]
 
     def vjp(states: Tensors, xs: Tensors, ps: Tensors, cots: Tensors) -> tuple[list[Tensor], list[Tensor]]:
-        out = run_vjp(*flat(states), *flat(xs), *ps, *flat(cots))
+        out = run_vjp(*given(states, xs, ps, cots))
         d_x = [_filled(0.0 if v is None else v.reshape(states[0].shape), states[0]) for v in out[:inputs]]
         return d_x, [torch.zeros_like(p) if v is None else v for p, v in zip(ps, out[inputs:], strict=True)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -15,15 +14,18 @@ import torch
 
 from ..errors import bad_value
 from .cases import SUITES
+from .rows import Row, read_rows
+from .trial import CHANNELS, SEQUENCES, STEPS
 
-Row = dict[str, Any]
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 OURS = "scan-triton"
 HEAD = ("case", "contestant", "fwd", "x floor", "bwd", "x floor", "memory", "error", f"time / {OURS}")
 LEGEND = (
-    "fwd, bwd: medians. x floor: over the floor, the bytes that must move once (inputs, outputs; backward: both and "
-    "their gradients) at the bandwidth of a large copy in the same run. memory: the peak beside inputs. error: the "
-    "largest distance from the fp64 for-loop over the contestant's own recurrence, wrong where y or a gradient is "
+    "fwd, bwd: medians, on a GPU replayed from a CUDA graph, so that the host's launches do not count; *: they do, for "
+    "this one cannot be captured. x floor: over the floor, inputs and outputs once (backward: those and their gradients) "
+    "at the bandwidth of a large copy in the same run; a backward pass that needs not all of them may be below. memory: "
+    f"the peak beside inputs. error: the largest distance from the fp64 for-loop over the contestant's own recurrence, in {SEQUENCES} "
+    f"sequences, {STEPS:,} steps and {CHANNELS} channels, wrong where y or a gradient is "
     f"farther off than the numerics contract allows. time / {OURS}: all passes measured, where both are right; ~: in "
     "two runs."
 )
@@ -55,17 +57,15 @@ def _commit() -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def read(path: Path) -> list[Row]:
-    """The last row for each suite, device, case and contestant, in order of first appearance."""
-    if not path.is_file():
-        bad_value("--render", f"'{path}'", "an existing results file", "Write one with: parashoot bench --out FILE")
-    newest = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            newest[row["suite"], row["device"], row["case"], row["contestant"]] = row
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
-            bad_value("--render", f"'{path}', line {number}: {e}", "a row as parashoot bench writes it in each line")
+def read(path: Path, argument: str = "--render") -> list[Row]:
+    """The last row for each suite, device, case and contestant, in order of first appearance; a last line that was cut off is left out."""
+    newest: dict[tuple, Row] = {}
+
+    def add(row: Row) -> None:
+        _ = SUITES[row["suite"]]
+        newest[row["suite"], row["device"], row["case"], row["contestant"]] = row
+
+    read_rows(path, argument, "parashoot bench", "suite", add)
     return list(newest.values())
 
 
@@ -96,7 +96,7 @@ def tables(rows: Sequence[Row]) -> str:
         parts += [_heading(name, there), _table(ran)]
         if skipped:
             reasons = (f"{contestant}: {reason}" for contestant, reason in groups(skipped, "contestant", "reason"))
-            parts.append(f"Not run: {'; '.join(reasons)}.")
+            parts.append(f"Not run: {'; '.join(reasons).rstrip('.')}.")
     return "\n\n".join(parts)
 
 
@@ -121,7 +121,8 @@ def _table(rows: Sequence[Row]) -> str:
         if compared:
             own = ours[r["case"]]
             ratio = f"{'' if run(r) == run(own) else '~'}{total(r) / total(own):.2f}x"
-        lines.append([r["case"], r["contestant"], *figures(r), ratio])
+        name = r["contestant"] + (" *" if r.get("timed_by", "").startswith("events") else "")
+        lines.append([r["case"], name, *figures(r), ratio])
     return markdown(lines)
 
 

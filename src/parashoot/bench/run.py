@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import statistics
 import time
@@ -19,6 +18,7 @@ from ..errors import BackendError, bad_value
 from . import results
 from .cases import SUITES, Case
 from .contestants import CONTESTANTS
+from .rows import add_rows, open_rows
 from .trial import Clock, Contestant, agreement, clocks, copy_bandwidth, first_line
 
 LONGEST = 4.0  # seconds spent on the samples of one contestant in a case, once it has three
@@ -115,7 +115,9 @@ def run(
         bad_value("--cases", repr(cases), f"a part of the name of one of: {', '.join(known)}")
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     place, begun = torch.device(_find({k: k for k in kinds}, device or kinds[-1], "--device")), time.monotonic()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    open_rows(out, "--out")
+    if out.exists():
+        results.read(out, "--out")
     deadline, bandwidth = begun + 60 * minutes, copy_bandwidth(place)
     facts = {**results.facts(place, commit), "copy_gb_s": bandwidth / 1e9}
     print(f"{facts['device']}, commit {facts['commit']}, copies at {facts['copy_gb_s']:.0f} GB/s", flush=True)
@@ -131,8 +133,7 @@ def run(
         fitting = [CONTESTANTS[c] for c in asked if CONTESTANTS[c].fits(case)]
         found, interrupted = measure(case, fitting, place, bandwidth, repeats, deadline)
         rows = [{"suite": name, **row, **facts} for row in found]
-        with out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        add_rows(out, rows)
         written += rows
     if written:
         print(f"\n{results.tables(written)}\n\n{len(written)} rows added to {out}", flush=True)

@@ -116,8 +116,8 @@ def read_index(directory: Path) -> str:
     path = directory / INDEX
     if not path.is_file():
         bad_value("data", f"'{directory}'", f"a directory with an {INDEX}", "Make one with: parashoot data DIR --help")
-    text = path.read_text()
     try:
+        text = path.read_text()
         index = json.loads(text)
     except ValueError as e:
         bad_value("data", f"'{path}', which is not JSON ({e})", "an index", AGAIN)

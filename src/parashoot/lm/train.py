@@ -6,14 +6,17 @@ data have one, and at the end report.json and loss.png.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DivergedError, bad_value
+from ..lock import lock
 from . import checkpoint
 from .data import TOKENIZER, Data, Windows, open_data
 from .interrupt import Interrupt
@@ -74,7 +77,12 @@ def train(
     The device never waits for the host: the results of a step are read, checked and logged while the next one runs, and before a
     checkpoint. Raises `ArgumentError`; `DivergedError` naming the step and the layer where a number was not finite; `CheckpointError`.
     """
-    run = _open(config, Path(directory), group, resume, overwrite)
+    with _alone(Path(directory), group):
+        return _train(_open(config, Path(directory), group, resume, overwrite), on_start)
+
+
+def _train(run: Run, on_start: Callable[[Run], None] | None) -> Run:
+    config, group = run.config, run.group
     if on_start is not None:
         on_start(run)
     log = Log(run.directory, run.step, config.steps, tensorboard=config.tensorboard, speaks=group.rank == 0)
@@ -149,6 +157,24 @@ def holds_run(directory: Path) -> bool:
     return any((directory / name).exists() for name in (checkpoint.LATEST, LOG))
 
 
+@contextlib.contextmanager
+def _alone(directory: Path, group: Processes) -> Iterator[None]:
+    """With the directory held by this run: another in it is refused."""
+    if directory.exists() and not directory.is_dir():
+        bad_value("directory", f"'{directory}', a file", "a directory for the run")
+    if group.rank:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    place = os.open(directory, os.O_RDONLY)
+    try:
+        if not lock(place, wait=False):
+            bad_value("directory", f"'{directory}', in which another process trains", "a directory of its own")
+        yield
+    finally:
+        os.close(place)
+
+
 def _open(config: TrainConfig, directory: Path, group: Processes, resume: bool, overwrite: bool) -> Run:
     config.micro_batch(group.size)
     saved = (directory / checkpoint.LATEST).exists()
@@ -159,20 +185,30 @@ def _open(config: TrainConfig, directory: Path, group: Processes, resume: bool, 
             "Pass resume to continue it or overwrite to lose it.",
         )  # fmt: skip
     data = open_data(config.data).fitting(config.model.vocab_size)
+    if data.tokenizer is not None and data.tokenizer.parent.resolve() == directory.resolve():
+        bad_value("directory", f"'{directory}', which holds the data", "another directory")
+    own = [*checkpoint.steps(directory), *(directory / name for name in (TENSORBOARD, CURVE, REPORT, TOKENIZER))]
+    there = [p.name for p in own if p.exists() and not _same(p, data.tokenizer)]
+    if there and not holds_run(directory):
+        bad_value("directory", f"'{directory}', with {', '.join(there)} of no run", "a directory without", "Move them.")
     windows = Windows(data.split("train"), config.sequence_length, config.seed)
     run = Run.start(config, group, drawn=path is None, directory=directory, data=data, windows=windows)
+    group.barrier()  # all have looked at what is there
     if path is not None:
         _restore(run, path)
     elif group.rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        for old in (*checkpoint.steps(directory), directory / TENSORBOARD):
-            shutil.rmtree(old, ignore_errors=True)
-        for name in (checkpoint.LATEST, LOG, CURVE, REPORT, TOKENIZER):
+        for old in own:
+            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
+        for name in (checkpoint.LATEST, LOG):
             (directory / name).unlink(missing_ok=True)
         if data.tokenizer is not None:
             shutil.copyfile(data.tokenizer, directory / TOKENIZER)
     group.barrier()
     return run
+
+
+def _same(path: Path, other: Path | None) -> bool:
+    return path.is_file() and other is not None and path.read_bytes() == other.read_bytes()
 
 
 def _save(run: Run) -> None:

@@ -60,6 +60,8 @@ def build_model(
     - `solver`: "parallel" in time, as the library decides, or "sequential", the loop.
     """
     kind, cell = parts(name)
+    if hidden_size % num_heads:
+        bad_value("num_heads", str(num_heads), f"a divisor of hidden_size = {hidden_size}")
     model: Any
     if kind == "block":
         recurrent = {

@@ -12,7 +12,7 @@ from .suite import VARIED
 
 DYNAMICS = {"iterations": "sweeps", "lyapunov": "largest Lyapunov exponent", "speedup": "times faster than the loop"}
 LEGEND = (
-    "Accuracy in percent by the metric that the task's source uses: the best of the seeds (their mean), each at the learning rate with its best "
+    "Accuracy in percent, of tokens, of last tokens or of whole sequences as the title says: the best of the seeds (their mean), each at the learning rate with its best "
     "validation score. sweeps, Lyapunov: of the recurrent layer at the end of training, the largest of the seeds. cut off: "
     "trainings that ended in time or diverged, and were tested as they were."
 )
@@ -35,11 +35,11 @@ def picked(rows: Sequence[Row]) -> list[Row]:
 
 
 def title(row: Row) -> str:
-    """The task, its options and the training length."""
+    """The task, its options, the training length and what is counted."""
     trial = row["trial"]
     options = "".join(f" {k}={v}" for k, v in trial["options"].items())
     shortest = f"{trial['shortest']}-" if trial["shortest"] else ""
-    return f"{trial['task']}{options}, {shortest}{trial['length']}"
+    return f"{trial['task']}{options}, {shortest}{trial['length']}, by {row['metric']}"
 
 
 def accuracies(rows: Sequence[Row], length: str) -> list[float]:

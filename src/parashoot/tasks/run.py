@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..bench.results import Row, facts
+from ..bench.results import facts
+from ..bench.rows import Row, add_rows, open_rows, read_rows
 from ..errors import bad_value
 from ..layers import RNN
 from ..lm.processes import choose_device
@@ -50,20 +51,16 @@ def run(trials: Sequence[Trial], out: Path, *, device: str | None = None, minute
     if not minutes > 0:
         bad_value("minutes", repr(minutes), "a number > 0")
     place = choose_device(device)
-    found = {_key(row): row for row in read(out)} if out.exists() else {}
-    perfect = {_but_rate(row["trial"]) for row in found.values() if row["validation"] == 1.0}
-    ground = facts(place)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    open_rows(out, "--out")
+    found, ground = {_key(row): row for row in read(out)} if out.exists() else {}, facts(place)
     for number, trial in enumerate(trials, 1):
-        without_rate = _but_rate(trial.to_dict())
-        if trial.key in found or without_rate in perfect:
+        perfect = {_but_rate(row["trial"]) for row in found.values() if row["validation"] == 1.0}
+        if trial.key in found or _but_rate(trial.to_dict()) in perfect:
             continue
         text = f"[{number}/{len(trials)}] {trial.task} {trial.model} seed {trial.seed} rate {trial.learning_rate:g}"
         row = {**train(trial, place, text, minutes), **ground}
-        _append(out, row)
-        found[trial.key] = row
-        if row["validation"] == 1.0:
-            perfect.add(without_rate)
+        add_rows(out, [row])
+        found |= {trial.key: row} | {_key(row): row for row in read(out)}  # other processes add theirs
     keys = {trial.key for trial in trials}
     return [row for key, row in found.items() if key in keys]
 
@@ -81,33 +78,23 @@ def read(path: Path) -> list[Row]:
 
     Raises `ArgumentError` for any other.
     """
-    if not path.is_file():
-        bad_value("FILE", f"'{path}'", "an existing results file", "Write one with: parashoot tasks run --out FILE")
-    rows, lines = {}, path.read_text().split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line else None
-            if row is not None:
-                _ = row["trial"]["task"], row["test"], row["validation"]
-                row["trial"] = {**LATER, **row["trial"]}
-                rows[_key(row)] = row
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                bad_value("FILE", f"'{path}', line {number}", "a row as parashoot tasks run writes it in each line")
+    rows: dict[str, Row] = {}
+
+    def add(row: Row) -> None:
+        _ = (
+            row["trial"]["task"],
+            row["test"],
+            row["validation"],
+            row["metric"],
+            row["curve"],
+            row["stopped"],
+            row["seconds"],
+        )
+        row["trial"] = {**LATER, **row["trial"]}
+        rows[_key(row)] = row
+
+    read_rows(path, "FILE", "parashoot tasks run", "trial", add)
     return list(rows.values())
-
-
-def _append(path: Path, row: Row) -> None:
-    """Add a row at once, as other processes may; a line that was cut off before it goes."""
-    text = path.read_bytes() if path.exists() else b""
-    tail = text[text.rfind(b"\n") + 1 :]
-    with path.open("ab") as file:
-        try:
-            start = b"\n" if tail and json.loads(tail) else b""
-        except ValueError:
-            file.truncate(len(text) - len(tail))
-            start = b""
-        file.write(start + json.dumps(row).encode() + b"\n")
 
 
 def train(trial: Trial, device: torch.device, text: str = "", minutes: float = math.inf) -> Row:

@@ -106,7 +106,7 @@ class Trial:
         if not isinstance(self.options, (dict, type(None))):
             bad_type("options", self.options, "an object of the task's options")
         object.__setattr__(self, "options", self.options or {})
-        if self.solver not in SOLVERS:
+        if not isinstance(self.solver, str) or self.solver not in SOLVERS:
             bad_value("solver", repr(self.solver), f"one of {', '.join(SOLVERS)}")
         self._check_initial()
         object.__setattr__(self, "test_lengths", list(self.test_lengths))
@@ -300,5 +300,5 @@ def find_suite(name: str) -> list[Trial]:
         bad_value("SUITE", repr(name), f"one of {', '.join(SUITES)}, or an existing .json file")
     try:
         return trials(json.loads(path.read_text()))
-    except json.JSONDecodeError as e:
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
         bad_value("SUITE", f"'{name}', which is not JSON ({e})", "a JSON object")

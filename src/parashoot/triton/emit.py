@@ -15,7 +15,7 @@ EXPRESSIONS = {
     "sin": "sin({}, FAST)", "cos": "cos({}, FAST)", "tanh": "tanh({}, FAST)", "sigmoid": "sigmoid({}, FAST)",
     "sqrt": "sqrt({}, FAST)", "rsqrt": "rsqrt({}, FAST)", "abs": "tl.abs({})", "sign": "sign({})",
     "maximum": "larger({}, {})", "minimum": "smaller({}, {})", "where": "tl.where({}, {}, {})",
-    "erf": "erf({}, FAST)", "atan2": "atan2({}, {}, FAST)",
+    "erf": "erf({}, FAST)", "atan2": "atan2({}, {}, FAST)", "hypot": "hypot({}, {}, FAST)",
     "mix": "mixed({1}, {0}_t, inside, same, FAST, MASKED, APART)", "mix_t": "mixed({1}, {0}, inside, same, FAST, MASKED, APART)",
     "total": "totalled({}, inside, same, FAST, MASKED, APART)",
 }  # fmt: skip

@@ -28,7 +28,8 @@ HEADER = """import triton
 import triton.language as tl
 
 from parashoot.triton.functions import (
-    above, atan2, clamped, cos, difference, divided, erf, exp, expm1, finite, full, larger, log, log1p, rsqrt, sigmoid, sign, sin, smaller, sqrt, tanh,
+    above, atan2, clamped, cos, difference, divided, erf, exp, expm1, finite, full, hypot, larger, log, log1p, rsqrt, sigmoid, sign, sin, smaller,
+    sqrt, tanh,
 )
 
 """

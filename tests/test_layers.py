@@ -1,0 +1,68 @@
+"""Layers where their arguments meet: lengths with steps that zeros do not suit, narrow dtypes, masks and states of the wrong kind."""
+
+import pytest
+import torch
+
+import parashoot as ps
+from parashoot.errors import ArgumentError, ArgumentTypeError
+
+
+@ps.cell
+def rooted(h: ps.State, x: ps.Input):
+    return torch.tanh(0.5 * h + torch.sqrt(x.abs()))
+
+
+@ps.cell
+def divided(h: ps.State, u: ps.Input, x: ps.Input):
+    return torch.tanh(0.5 * h + u / x + torch.log(x.abs()))
+
+
+@ps.cell
+def exploding(h: ps.State, x: ps.Input, w: ps.Param):
+    return 3.0 * h * w + x
+
+
+@pytest.mark.parametrize("solver", [None, ps.Sequential(), ps.MultipleShooting(8)], ids=["auto", "loop", "8"])
+@pytest.mark.parametrize("both", [False, True], ids=["forward", "both ways"])
+@pytest.mark.parametrize("cell", [rooted, divided, exploding], ids=lambda cell: cell.name)
+def test_padding_is_nothing_that_a_step_could_fail_at(cell, both, solver):
+    """Zeros have no logarithm, and what explodes on a repeated input is infinite where it is not looked at."""
+    torch.manual_seed(0)
+    layer = ps.RNN(cell, 4, 8, bias=False, bidirectional=both, solver=solver, dtype=torch.float64)
+    x, lengths = torch.randn(2, 900, 4, dtype=torch.float64), torch.tensor([20, 17])
+    if cell is exploding:
+        for w in layer.recurrent():
+            w.data.fill_(0.9)
+    y, h_n = layer(x, lengths=lengths)
+    alone = [layer(x[i : i + 1, :n]) for i, n in enumerate(lengths.tolist())]
+    for i, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(y[i, :n], alone[i][0][0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(h_n[:, i], alone[i][1][:, 0], rtol=1e-9, atol=1e-9)
+    weights = list(layer.parameters())
+    got = torch.autograd.grad(y.sin().sum() + h_n.sum(), weights)
+    want = torch.autograd.grad(torch.stack([y.sin().sum() + h.sum() for y, h in alone]).sum(), weights)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_matrices_are_orthogonal_in_any_dtype(dtype):
+    layer = ps.RNN(ps.cells.headgru, 8, 16, dtype=dtype)
+    for name, p in layer.named_parameters():
+        if name.startswith("weight_hh"):
+            assert p.dtype == dtype
+            products = p.double() @ p.double().mT
+            torch.testing.assert_close(
+                products, torch.eye(p.shape[-1], dtype=torch.float64).expand_as(products), rtol=0, atol=0.02
+            )
+
+
+def test_what_is_wrong_is_said_before_anything_runs():
+    layer, x = ps.ParaGRU(4, 8), torch.randn(2, 9, 4)
+    lengths = torch.tensor([9, 3])
+    for reset in (torch.zeros(1, 9, dtype=torch.bool), torch.zeros(9, dtype=torch.bool), torch.zeros(2, 9)):
+        with pytest.raises(ArgumentError, match=r"reset: got .*; expected a bool tensor of shape \(B, T\) = \(2, 9\)"):
+            layer(x, reset=reset, lengths=lengths)
+    with pytest.raises(ArgumentError, match=r"h_0: got .*int64.*; expected a floating dtype"):
+        layer.step(x[:, 0], torch.zeros(1, 2, 1, 8, dtype=torch.int64))
+    with pytest.raises(ArgumentTypeError, match="x_t: got list"):
+        layer.step([1.0])  # type: ignore[arg-type]
