@@ -247,6 +247,8 @@ def test_rates_are_picked_on_validation_and_left_out_after_a_perfect_one(tmp_pat
         {**row, "trial": {**row["trial"], "model": f"cell:{name}:mine"}} for row in rows[:1] for name in ("a", "b")
     ]
     assert [row["model"] for row in picked(cells)] == ["cell a:mine", "cell b:mine"]
+    longer = [{**rows[0], "trial": {**rows[0]["trial"], "steps": n, "validate_every": n}} for n in (4, 8)]
+    assert [row["title"] for row in picked(longer)] == ["parity, 6, by token, steps 4", "parity, 6, by token, steps 8"]
     elsewhere = [{**rows[0], "device": "another"}, {**rows[4], "device": "one", "stopped": "time"}]
     costs = tables(elsewhere).split("\n\n")[1]
     assert "another |" in costs and "4 (1 cut off) |" in costs and len(costs.splitlines()) == 4

@@ -331,18 +331,25 @@ def _generate(options: argparse.Namespace) -> int:
     model = checkpoint.load_model(options.checkpoint, choose_device(options.device))
     path = tokenizer_file(options.checkpoint)
     sampling = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
-    print(options.prompt, end="", flush=True)
     if path is not None:
         tokenizer = read_tokenizer(path)
         ids = tokenizer.encode(options.prompt, add_special_tokens=False).ids
         if model.config.eos_token_id is None:
             model.config.eos_token_id = tokenizer.token_to_id(EOT)
         made = generate(model, torch.tensor(ids), options.tokens, **sampling)
-        print(tokenizer.decode([*ids, *made])[len(tokenizer.decode(ids)) :])  # some decoders strip what they begin with
+        after = tokenizer.decode([*ids, *made])[
+            len(tokenizer.decode(ids)) :
+        ]  # some decoders strip what they begin with
+        print(options.prompt + after)
     else:
-        show = lambda piece: print(piece, end="", flush=True)
+        shown = [options.prompt]  # with the first piece, once all was found in order
+
+        def show(piece: str) -> None:
+            print("".join(shown) + piece, end="", flush=True)
+            shown.clear()
+
         generate_text(model, options.prompt, options.tokens, on_text=show, **sampling)
-        print()
+        print("".join(shown))
     return 0
 
 

@@ -30,7 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--out", default="tasks.jsonl", metavar="FILE", help="a row is added for each run (default: tasks.jsonl)"
     )
-    run.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="the most that one training takes")
+    run.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        metavar="N",
+        help="the most that one training takes; its row says if it was cut off, and counts as run",
+    )
     run.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     run.set_defaults(run=_run)
     render = actions.add_parser("render", help="tables and a plot of a results file")

@@ -21,7 +21,7 @@ LEGEND = (
 def picked(rows: Sequence[Row]) -> list[Row]:
     """For each experiment, model and seed the row of the learning rate with the best validation score.
 
-    Rows get the keys "experiment" (all of a trial but what varies inside it), "model" and "seed".
+    Rows get the keys "experiment" (all of a trial but what varies inside it), "title" (different ones differ), "model" and "seed".
     """
     labelled = []
     for row in rows:
@@ -31,7 +31,17 @@ def picked(rows: Sequence[Row]) -> list[Row]:
         name = f"{trial['model'].replace(':', ' ', 1)}{loop}"
         labelled.append({**row, "experiment": shared, "model": name, "seed": trial["seed"]})
     best = groups(labelled, "experiment", "model", "seed").values()
-    return [max(of_seed, key=lambda row: row["validation"]) for of_seed in best]
+    rows = [max(of_seed, key=lambda row: row["validation"]) for of_seed in best]
+    for row in rows:
+        row["title"] = title(row)
+    for alike in groups(rows, "title").values():
+        trials = {row["experiment"]: json.loads(row["experiment"]) for row in alike}
+        first, *others = trials.values()
+        apart = [name for name, value in first.items() if any(other[name] != value for other in others)]
+        apart = [name for name in apart if name != "validate_every"] or apart
+        for row in alike:
+            row["title"] += "".join(f", {name} {json.dumps(trials[row['experiment']][name])}" for name in apart)
+    return rows
 
 
 def title(row: Row) -> str:
@@ -58,12 +68,12 @@ def tables(rows: Sequence[Row]) -> str:
         by_model = groups(of_task, "model")
         for length in of_task[0]["test"]:
             found = [accuracies(by_model.get(model, []), length) for model in models]
-            scores.append([title(of_task[0]), length, *map(_figure, found)])
+            scores.append([of_task[0]["title"], length, *map(_figure, found)])
         for (name, device), seeds in groups(of_task, "model", "device").items():
             rates = sorted({row["trial"]["learning_rate"] for row in seeds})
             solved = [row["curve"][-1]["solver"] for row in seeds if row["curve"] and row["curve"][-1]["solver"]]
             costs.append([
-                title(seeds[0]), name, f"{seeds[0]['parameters']:,}", " ".join(f"{rate:g}" for rate in rates),
+                seeds[0]["title"], name, f"{seeds[0]['parameters']:,}", " ".join(f"{rate:g}" for rate in rates),
                 f"{mean(row['steps'] for row in seeds):,.0f}{_cut(seeds)}", f"{mean(row['seconds'] for row in seeds):.1f}", device,
                 f"{max(s['iterations'] for s in solved):.0f}" if solved else "",
                 f"{max(s['lyapunov'] for s in solved):.3f}" if solved else "",
@@ -101,7 +111,10 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
             axes.fill_between(list(found), *([f(v) for v in found.values()] for f in (min, max)), alpha=0.15)
         axes.axvline(of_task[0]["trial"]["length"], linestyle="--", color="gray", linewidth=0.8)
         axes.set(
-            title=title(of_task[0]), xlabel="test length", ylabel=f"{of_task[0]['metric']} accuracy, %", ylim=(-3, 103)
+            title=of_task[0]["title"],
+            xlabel="test length",
+            ylabel=f"{of_task[0]['metric']} accuracy, %",
+            ylim=(-3, 103),
         )
         axes.legend(fontsize=7)
     for axes in grid[len(panels) :]:
@@ -134,7 +147,7 @@ def plot_training(rows: Sequence[Row], path: Path) -> bool:
                     )
                     axes.plot(*at, ".-", color=f"C{number % 10}", linewidth=0.9, label=None if k else name)
             scale = "linear" if figure_name == "lyapunov" else "log"
-            axes.set(title=title(of_task[0]), xlabel="training step", ylabel=DYNAMICS[figure_name], yscale=scale)
+            axes.set(title=of_task[0]["title"], xlabel="training step", ylabel=DYNAMICS[figure_name], yscale=scale)
         panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=120)
     return True
