@@ -141,9 +141,7 @@ class RNN(nn.Module):
         if lengths is not None:  # whatever stands there, NaN too
             ends = lengths.to(x.device)
             beyond = torch.arange(x.shape[1], device=x.device) >= ends[:, None]
-            last = x[
-                torch.arange(x.shape[0], device=x.device), ends - 1
-            ]  # zeros would be numbers that the step may not be made for
+            last = x[torch.arange(x.shape[0], device=x.device), ends - 1]  # the step may not be made for zeros
             x = torch.where(beyond.view(*beyond.shape, *[1] * (x.dim() - 2)), last.unsqueeze(1), x)
         out = x
         for layer in range(self.num_layers):
