@@ -377,3 +377,16 @@ def test_every_command_of_the_page_runs(tmp_path, monkeypatch, capsys):
         assert main(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
     assert Path("mine.png").exists() and Path("mine-training.png").exists()
     exec(compile("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), "tasks.md", "exec"), {})
+
+
+def test_what_no_model_can_be_is_said_before_the_first_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "train", lambda *_: pytest.fail("trained"))
+    for fields, words in (
+        ({"model": "cell:gru", "num_heads": 3}, "num_heads: got 3; expected a divisor of hidden_size = 8"),
+        ({"model": "block:attention", "num_heads": 3}, "num_heads: got 3; expected a divisor of hidden_size = 8"),
+        ({"model": "cell:lstm", "recurrent_clip": -1}, "recurrent_clip: got -1"),
+    ):
+        made = [*suite(task="parity", model="cell:gru"), *suite(task="parity", **fields)]
+        with pytest.raises(ArgumentError, match=words):
+            run(made, tmp_path / "rows.jsonl", device="cpu")
+    assert not list(tmp_path.iterdir())

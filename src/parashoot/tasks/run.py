@@ -51,6 +51,10 @@ def run(trials: Sequence[Trial], out: Path, *, device: str | None = None, minute
     if not minutes > 0:
         bad_value("minutes", repr(minutes), "a number > 0")
     place = choose_device(device)
+    for trial in trials:  # hours before its turn comes
+        vocabulary = trial.samples("train", trial.length).vocab_size
+        with torch.device("meta"):
+            _new_model(trial, vocabulary)
     open_rows(out, "--out")
     found, ground = {_key(row): row for row in read(out)} if out.exists() else {}, facts(place)
     for number, trial in enumerate(trials, 1):
@@ -103,9 +107,7 @@ def train(trial: Trial, device: torch.device, text: str = "", minutes: float = m
     torch.manual_seed(trial.seed)
     stages = [trial.samples("train", length) for length in (*trial.curriculum, trial.length)]
     data, validation = stages.pop(0), trial.samples("validation", trial.length)
-    names = ("hidden_size", "num_layers", "num_heads", "recurrent_clip", "initial_bias", "initial_recurrent", "solver")
-    sizes = {name: getattr(trial, name) for name in names}
-    model = build_model(trial.model, data.vocab_size, **sizes).to(device)
+    model = _new_model(trial, data.vocab_size).to(device)
     update, batches = Update(model, trial, device), Batches(trial, device)
     metric, curve, losses, stopped, score = trial.metric or data.task.metric, [], [], "steps", 0.0
     probe = None if trial.probe is None else trial.samples("validation", trial.probe).batch(0, 4)[0].to(device)
@@ -155,6 +157,11 @@ def train(trial: Trial, device: torch.device, text: str = "", minutes: float = m
         "trial": trial.to_dict(), "metric": metric, "validation": score, "test": test, "stopped": stopped, "steps": step,
         "seconds": round(seconds, 3), "parameters": sum(p.numel() for p in model.parameters()), "curve": curve,
     }  # fmt: skip
+
+
+def _new_model(trial: Trial, vocab_size: int) -> Any:
+    names = ("hidden_size", "num_layers", "num_heads", "recurrent_clip", "initial_bias", "initial_recurrent", "solver")
+    return build_model(trial.model, vocab_size, **{name: getattr(trial, name) for name in names})
 
 
 @contextlib.contextmanager
