@@ -24,11 +24,12 @@ def exploding(h: ps.State, x: ps.Input, w: ps.Param):
 
 @pytest.mark.parametrize("solver", [None, ps.Sequential(), ps.MultipleShooting(8)], ids=["auto", "loop", "8"])
 @pytest.mark.parametrize("both", [False, True], ids=["forward", "both ways"])
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("cell", [rooted, divided, exploding], ids=lambda cell: cell.name)
-def test_padding_is_nothing_that_a_step_could_fail_at(cell, both, solver):
+def test_padding_is_nothing_that_a_step_could_fail_at(cell, layers, both, solver):
     """Zeros have no logarithm, and what explodes on a repeated input is infinite where it is not looked at."""
     torch.manual_seed(0)
-    layer = ps.RNN(cell, 4, 8, bias=False, bidirectional=both, solver=solver, dtype=torch.float64)
+    layer = ps.RNN(cell, 4, 8, layers, bias=False, bidirectional=both, solver=solver, dtype=torch.float64)
     x, lengths = torch.randn(2, 900, 4, dtype=torch.float64), torch.tensor([20, 17])
     if cell is exploding:
         for w in layer.recurrent():

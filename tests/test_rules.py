@@ -173,6 +173,16 @@ def calls_underscore(h: ps.State, x: ps.Input):
     return y.tanh_()
 
 
+def asks_for_place(h: ps.State, x: ps.Input):
+    y = h + x
+    return torch.tanh(y.detach()) + torch.nn.functional.relu(y, True)
+
+
+def calls_an_operator(h: ps.State, x: ps.Input):
+    y = torch.tanh(h + x)
+    return torch.ops.aten.add_.Tensor(y, 1.0)
+
+
 def draws_noise(h: ps.State, x: ps.Input):
     return torch.tanh(h + x) + torch.rand_like(h)
 
@@ -243,6 +253,8 @@ IN_PLACE, RANDOM, BRANCH = "writes in place", "is random", "branches on, or read
 STEPS = {
     adds_in_place: (IN_PLACE, "h += x", "h = h + u"), writes_an_index: (IN_PLACE, "h[...] = 0", "Return new tensors"),
     writes_out: (IN_PLACE, "out=h", "Return new tensors"), calls_underscore: (IN_PLACE, "y.tanh_()", "Return new tensors"),
+    asks_for_place: (IN_PLACE, "relu(y, True)", "Return new tensors"),
+    calls_an_operator: (IN_PLACE, "aten.add_.Tensor(y, 1.0)", "Return new tensors"),
     draws_noise: (RANDOM, "torch.rand_like(h)", "ps.Input"), drops_out: (RANDOM, "dropout(", "ps.Input"),
     draws_bits: (RANDOM, "torch.bernoulli", "ps.Input"), branches: (BRANCH, "if h.sum() > 0", "torch.where"),
     branches_on_all: (BRANCH, ".all()", "torch.where"), reads_an_item: (BRANCH, ".item()", "torch.where"),

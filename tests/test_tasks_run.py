@@ -390,3 +390,30 @@ def test_what_no_model_can_be_is_said_before_the_first_trains(tmp_path, monkeypa
         with pytest.raises(ArgumentError, match=words):
             run(made, tmp_path / "rows.jsonl", device="cpu")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_another_process_has_done_meanwhile_is_not_done_again(tmp_path, monkeypatch):
+    made, out, real, trained = (
+        suite(task="parity", model="cell:gru", seeds=[0, 1, 2]),
+        tmp_path / "rows.jsonl",
+        train,
+        [],
+    )
+
+    def beside(trial, *rest):
+        trained.append(trial.seed)
+        row = real(trial, *rest)
+        if trial.seed == 0:
+            add_rows(out, [{**row, "trial": made[1].to_dict(), "validation": 0.5}])
+        return row
+
+    monkeypatch.setattr(runner, "train", beside)
+    rows = run(made, out, device="cpu")
+    assert trained == [0, 2] and sorted(row["trial"]["seed"] for row in rows) == [0, 1, 2]
+
+
+def test_titles_of_trials_with_other_fields_differ():
+    row = {"test": {}, "metric": "token", "validation": 0.0, "trial": Trial("parity", "cell:gru", **TINY).to_dict()}
+    newer = {**row, "trial": {**row["trial"], "new": 1}}
+    for rows in ([row, newer], [newer, row]):
+        assert {r["title"] for r in picked(rows)} == {"parity, 6, by token, new null", "parity, 6, by token, new 1"}

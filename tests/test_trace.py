@@ -397,8 +397,13 @@ def test_garbage_is_collected_as_before_after_a_trace_that_fails():
 def test_constants_keep_their_kind_and_sign():
     @ps.cell
     def chosen(h: ps.State, u: ps.Input, x: ps.Input):
+        one = torch.where(h > 0, 1.0, 0.0)
         both = torch.where(h > 0, True, False) & (x > 0)
-        return torch.where(h > 0, 1.0, 0.0) * u + torch.where(both, 0.3, 0.1) + 0.0 * torch.where(x > 0, -0.0, 0.0)
+        return one * u + torch.where(both, 0.3, 0.1)
+
+    @ps.cell
+    def signed(h: ps.State, x: ps.Input):
+        return 0.5 * h + torch.tanh(1.0 / torch.where(x > 0, 0.0, -0.0)) * torch.where(x > 0, -0.0, 1.0)
 
     @ps.cell
     def raised(h: ps.State, x: ps.Input):
@@ -406,8 +411,23 @@ def test_constants_keep_their_kind_and_sign():
 
     x = torch.tensor([1.0, 2.0, 3.0, 0.0]).view(1, 4, 1, 1)
     assert ps.scan(raised, x)[0].flatten().tolist() == [-2.0, 3.0, -6.5, -2.25]
-    x = torch.randn(1, 40, 2, 3, dtype=torch.float64)
-    torch.testing.assert_close(ps.scan(chosen, x)[0], loop(chosen, x, [], x.new_zeros(1, 1, 3))[:, :, 0])
+    for cell in (chosen, signed):
+        x = torch.randn(1, 40, len(cell.inputs), 3, dtype=torch.float64)
+        torch.testing.assert_close(ps.scan(cell, x)[0], loop(cell, x, [], x.new_zeros(1, 1, 3))[:, :, 0])
+
+
+@pytest.mark.parametrize("function", [torch.hypot, torch.atan2])
+def test_functions_of_tensors_take_constant_ones(function):
+    @ps.cell
+    def against(h: ps.State, x: ps.Input):
+        return 0.5 * torch.tanh(function(h, torch.ones_like(h)) + function(torch.full_like(x, 2.0), x))
+
+    x, found = torch.randn(2, 40, 1, 3, dtype=torch.float64), []
+    for run in (lambda x: ps.scan(against, x)[0], lambda x: loop(against, x, [], x.new_zeros(2, 1, 3))[:, :, 0]):
+        leaf = x.clone().requires_grad_()
+        y = run(leaf)
+        found.append((y.detach(), *torch.autograd.grad(y.sin().sum(), leaf)))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-10, 1.0, 1e20])

@@ -24,7 +24,7 @@ EXPRESSIONS = {
     "exp": "torch.exp({})", "expm1": "torch.expm1({})", "log": "torch.log({})", "log1p": "torch.log1p({})",
     "sin": "torch.sin({})", "cos": "torch.cos({})", "tanh": "torch.tanh({})", "sigmoid": "torch.sigmoid({})",
     "sqrt": "torch.sqrt({})", "rsqrt": "torch.rsqrt({})", "abs": "torch.abs({})", "sign": "torch.sign({})",
-    "erf": "torch.erf({})", "atan2": "torch.atan2({}, {})", "hypot": "torch.hypot({}, {})",
+    "erf": "torch.erf({})", "atan2": "_atan2({}, {})", "hypot": "_hypot({}, {})",
     "maximum": "_maximum({}, {})", "minimum": "_minimum({}, {})", "where": "_where({}, {}, {})",
     "mix": "torch.einsum('hij,rhj->rhi', {}, {})", "mix_t": "torch.einsum('hij,rhi->rhj', {}, {})",
     "total": "({}).sum(-1, keepdim=True)",
@@ -112,7 +112,7 @@ class Builder:
         elif op == "where":
             if consts[0]:
                 return args[1] if args[0] else args[2]
-            if args[1] == args[2] and isinstance(args[1], str) == isinstance(args[2], str):
+            if repr(args[1]) == repr(args[2]):
                 return args[1]
         elif op == "neg" and isinstance(args[0], str) and self.ops.get(args[0], ("", ()))[0] == "neg":
             return self.ops[args[0]][1][0]
@@ -198,6 +198,7 @@ class Graph:
     def compile(self, dtype: torch.dtype) -> Callable[..., tuple]:
         """A Python function of the inputs that returns the outputs; intermediates are freed after their last use."""
         namespace = {"torch": torch, "_maximum": _maximum, "_minimum": _minimum, "_where": _where_for(dtype)}
+        namespace |= {"_atan2": _of_tensors(torch.atan2, dtype), "_hypot": _of_tensors(torch.hypot, dtype)}
         last = {a: n for n, (_, args) in self.ops.items() for a in args if isinstance(a, str)}
         lines = []
         for k, (name, (op, args)) in enumerate(self.ops.items()):
@@ -229,8 +230,17 @@ def _where_for(dtype: torch.dtype) -> Callable:
     return where
 
 
+def _of_tensors(function: Callable, dtype: torch.dtype) -> Callable:
+    def call(a: Any, b: Any) -> torch.Tensor:
+        like = b if _is_const(a) else a
+        return function(*(torch.tensor(v, dtype=dtype, device=like.device) if _is_const(v) else v for v in (a, b)))
+
+    return call
+
+
 def _evaluate(op: str, args: list[torch.Tensor]) -> torch.Tensor:
     namespace = {"torch": torch, "_maximum": torch.maximum, "_minimum": torch.minimum, "_where": torch.where}
+    namespace |= {"_atan2": torch.atan2, "_hypot": torch.hypot}
     names = [f"a{i}" for i in range(len(args))]
     return eval(EXPRESSIONS[op].format(*names), namespace | dict(zip(names, args, strict=True)))
 

@@ -137,16 +137,11 @@ class RNN(nn.Module):
         """
         self._check(x, h_0, lengths)
         check_reset(reset, x)
-        finals = []
-        if lengths is not None:  # whatever stands there, NaN too
-            ends = lengths.to(x.device)
-            beyond = torch.arange(x.shape[1], device=x.device) >= ends[:, None]
-            last = x[torch.arange(x.shape[0], device=x.device), ends - 1]  # the step may not be made for zeros
-            x = torch.where(beyond.view(*beyond.shape, *[1] * (x.dim() - 2)), last.unsqueeze(1), x)
-        out = x
+        finals, out = [], x
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 out = nn.functional.dropout(out, self.dropout, self.training)
+            out = out if lengths is None else _repeated(out, lengths)
             ways = []
             for k, suffix in [(k, s) for k, (at, s) in enumerate(self._directions()) if at == layer]:
                 start = None if h_0 is None else h_0[k]
@@ -285,6 +280,14 @@ class RNN(nn.Module):
         text += ", bidirectional=True" if self.bidirectional else ""
         text += f", initial_bias={self.initial_bias}" if self.initial_bias else ""
         return text + f", recurrent_clip={self.recurrent_clip}"
+
+
+def _repeated(x: Tensor, lengths: Tensor) -> Tensor:
+    """x (B, T, ...) with each sequence's last step in place of all that stands after it: a step need not be made for zeros."""
+    ends = lengths.to(x.device)
+    beyond = torch.arange(x.shape[1], device=x.device) >= ends[:, None]
+    last = x[torch.arange(x.shape[0], device=x.device), ends - 1]
+    return torch.where(beyond.view(*beyond.shape, *[1] * (x.dim() - 2)), last.unsqueeze(1), x)
 
 
 def _is_number(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import sys
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ class _Rules(TorchDispatchMode):
         self.cell, self.lines = cell, {}
         self.problem: CellError | None = None
         self.given: set[int] = set()  # where the step's arguments lie
-        self.called = ""  # the function of PyTorch that runs: some write on what they made themselves
+        self.called = ""  # the function of PyTorch that runs, if any: some write on what they made themselves
 
     def line(self) -> str:
         frame, code = sys._getframe(2), self.cell.step.__code__
@@ -126,12 +127,22 @@ class _ReadsOut(TorchFunctionMode):
         self.rules = rules
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.rules.called = name = getattr(func, "__name__", "")
+        name, kwargs = getattr(func, "__name__", "").partition(".")[0], kwargs or {}  # of "add_.Tensor" too
         if name in ("tolist", "numpy", "__array__", "data_ptr"):
             self.rules.read_out(self.rules.line())
-        if (kwargs or {}).get("out") is not None:
-            self.rules.called = "out_"
-        return func(*args, **(kwargs or {}))
+        self.rules.called = "out_" if _asks_to_write(func, args, kwargs) else name
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.rules.called = ""
+
+
+def _asks_to_write(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    try:
+        given = inspect.signature(func).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # not of Python
+        given = kwargs
+    return bool(given.get("inplace")) or given.get("out") is not None
 
 
 def _in_place(name: str) -> bool:

@@ -23,7 +23,8 @@ def read_rows(path: Path, argument: str, command: str, key: str, add: Callable[[
     if not path.is_file():
         bad_value(argument, f"'{path}'", "an existing results file", f"Write one with: {command} --out FILE")
     try:
-        lines = path.read_bytes().decode().split("\n")
+        *whole, last = path.read_bytes().split(b"\n")
+        lines = [*(line.decode() for line in whole), _decoded(last)]
     except UnicodeDecodeError as e:
         bad_value(argument, f"'{path}', which is not text ({e.reason})", f"a file of rows as {command} writes them")
     for number, line in enumerate(lines, 1):
@@ -57,7 +58,7 @@ def add_rows(path: Path, rows: Sequence[Row]) -> None:
         text = file.read()
         tail = text[text.rfind(b"\n") + 1 :]
         start = b"\n" if tail else b""
-        if tail and rows and _torn(tail.decode(errors="replace"), next(iter(rows[0]))):
+        if tail and rows and _torn(_decoded(tail), next(iter(rows[0]))):
             with path.with_name(f"{path.name}.cut").open("ab") as cut:
                 cut.write(tail + b"\n")
             file.truncate(len(text) - len(tail))
@@ -65,11 +66,16 @@ def add_rows(path: Path, rows: Sequence[Row]) -> None:
         file.write(start + b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
 
+def _decoded(tail: bytes) -> str:
+    """The last line, which may end inside a character, or in zeros where the power went."""
+    return tail.rstrip(b"\0").decode(errors="replace")
+
+
 def _torn(line: str, key: str) -> bool:
     """Whether it is the beginning of a row, and no more."""
     head = f'{{"{key}"'
     try:
-        json.loads(line)
+        json.JSONDecoder().raw_decode(line)
     except ValueError:
         return line.startswith(head) or head.startswith(line)
     return False

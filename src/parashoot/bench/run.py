@@ -116,7 +116,7 @@ def run(
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     place, begun = torch.device(_find({k: k for k in kinds}, device or kinds[-1], "--device")), time.monotonic()
     open_rows(out, "--out")
-    if out.exists():
+    if out.is_file():
         results.read(out, "--out")
     deadline, bandwidth = begun + 60 * minutes, copy_bandwidth(place)
     facts = {**results.facts(place, commit), "copy_gb_s": bandwidth / 1e9}

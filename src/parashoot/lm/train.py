@@ -165,6 +165,7 @@ def _alone(directory: Path, group: Processes) -> Iterator[None]:
     if group.rank:
         yield
         return
+    new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     place = os.open(directory, os.O_RDONLY)
     try:
@@ -173,6 +174,8 @@ def _alone(directory: Path, group: Processes) -> Iterator[None]:
         yield
     finally:
         os.close(place)
+        if new and not any(directory.iterdir()):
+            directory.rmdir()
 
 
 def _open(config: TrainConfig, directory: Path, group: Processes, resume: bool, overwrite: bool) -> Run:
@@ -202,7 +205,8 @@ def _open(config: TrainConfig, directory: Path, group: Processes, resume: bool, 
         for name in (checkpoint.LATEST, LOG):
             (directory / name).unlink(missing_ok=True)
         if data.tokenizer is not None:
-            shutil.copyfile(data.tokenizer, directory / TOKENIZER)
+            shutil.copyfile(data.tokenizer, directory / f"{TOKENIZER}.partial")
+            os.replace(directory / f"{TOKENIZER}.partial", directory / TOKENIZER)
     group.barrier()
     return run
 

@@ -36,11 +36,11 @@ def picked(rows: Sequence[Row]) -> list[Row]:
         row["title"] = title(row)
     for alike in groups(rows, "title").values():
         trials = {row["experiment"]: json.loads(row["experiment"]) for row in alike}
-        first, *others = trials.values()
-        apart = [name for name, value in first.items() if any(other[name] != value for other in others)]
+        names = dict.fromkeys(name for trial in trials.values() for name in trial)
+        apart = [name for name in names if len({json.dumps(trial.get(name)) for trial in trials.values()}) > 1]
         apart = [name for name in apart if name != "validate_every"] or apart
         for row in alike:
-            row["title"] += "".join(f", {name} {json.dumps(trials[row['experiment']][name])}" for name in apart)
+            row["title"] += "".join(f", {name} {json.dumps(trials[row['experiment']].get(name))}" for name in apart)
     return rows
 
 

@@ -56,7 +56,8 @@ def run(trials: Sequence[Trial], out: Path, *, device: str | None = None, minute
         with torch.device("meta"):
             _new_model(trial, vocabulary)
     open_rows(out, "--out")
-    found, ground = {_key(row): row for row in read(out)} if out.exists() else {}, facts(place)
+    there = lambda: {_key(row): row for row in read(out, "--out")} if out.is_file() else {}
+    found, ground = there(), facts(place)
     for number, trial in enumerate(trials, 1):
         perfect = {_but_rate(row["trial"]) for row in found.values() if row["validation"] == 1.0}
         if trial.key in found or _but_rate(trial.to_dict()) in perfect:
@@ -64,7 +65,7 @@ def run(trials: Sequence[Trial], out: Path, *, device: str | None = None, minute
         text = f"[{number}/{len(trials)}] {trial.task} {trial.model} seed {trial.seed} rate {trial.learning_rate:g}"
         row = {**train(trial, place, text, minutes), **ground}
         add_rows(out, [row])
-        found |= {trial.key: row} | {_key(row): row for row in read(out)}  # other processes add theirs
+        found |= {trial.key: row} | there()  # other processes add theirs
     keys = {trial.key for trial in trials}
     return [row for key, row in found.items() if key in keys]
 
@@ -77,7 +78,7 @@ def _but_rate(trial: dict[str, Any]) -> str:
     return json.dumps({k: v for k, v in trial.items() if k != "learning_rate"}, sort_keys=True)
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path, argument: str = "FILE") -> list[Row]:
     """The last row of each trial in a results file, in order of first appearance; a last line that was cut off is left out.
 
     Raises `ArgumentError` for any other.
@@ -97,7 +98,7 @@ def read(path: Path) -> list[Row]:
         row["trial"] = {**LATER, **row["trial"]}
         rows[_key(row)] = row
 
-    read_rows(path, "FILE", "parashoot tasks run", "trial", add)
+    read_rows(path, argument, "parashoot tasks run", "trial", add)
     return list(rows.values())
 
 

@@ -206,7 +206,8 @@ def hypot(a, b, FAST: tl.constexpr):
     ratio = tl.where(
         (low < high) & (high > least), divided(low, high, FAST), 1.0
     )  # twice zero or infinity has no ratio
-    return high * sqrt(1.0 + ratio * ratio, FAST)
+    endless = tl.maximum(a, b) == float("inf")  # beside NaN too
+    return tl.where(endless, float("inf"), high * sqrt(1.0 + ratio * ratio, FAST))
 
 
 @triton.jit
