@@ -1,6 +1,8 @@
 """The directory of a run: nothing in it that a run did not make is lost, and one process at a time trains there."""
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from parashoot.lm.prepare import prepare
 from parashoot.lm.sources import by_content
 from parashoot.lm.tokenizer import Subwords
 from parashoot.lm.train import train
-from parashoot.lock import lock
+from parashoot.lock import held, lock
 from test_train import ALONE, TINY, run_config
 
 pytest.importorskip("tokenizers")
@@ -67,3 +69,16 @@ def test_two_do_not_train_in_one_directory(words, tmp_path):
     assert contents(tmp_path) == {}
     os.close(place)
     assert train(config(words), tmp_path, ALONE).step == 2
+
+
+def test_a_process_forked_meanwhile_does_not_keep_the_directory(tmp_path):
+    with held(tmp_path) as mine:
+        assert mine
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+    with held(tmp_path) as mine:
+        assert mine
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)

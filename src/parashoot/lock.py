@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -19,3 +24,18 @@ def lock(descriptor: int, *, wait: bool = True) -> bool:
     except OSError:  # some network file systems
         pass
     return True
+
+
+@contextlib.contextmanager
+def held(directory: Path) -> Iterator[bool]:
+    """Whether this process alone holds a directory, until the end of the block."""
+    if fcntl is None:  # and directories cannot be opened
+        yield True
+        return
+    place = os.open(directory, os.O_RDONLY)
+    try:
+        yield lock(place, wait=False)
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(place, fcntl.LOCK_UN)  # a process forked meanwhile has it open too
+        os.close(place)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DivergedError, bad_value
-from ..lock import lock
+from ..lock import held
 from . import checkpoint
 from .data import TOKENIZER, Data, Windows, open_data
 from .interrupt import Interrupt
@@ -167,13 +167,12 @@ def _alone(directory: Path, group: Processes) -> Iterator[None]:
         return
     new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    place = os.open(directory, os.O_RDONLY)
     try:
-        if not lock(place, wait=False):
-            bad_value("directory", f"'{directory}', in which another process trains", "a directory of its own")
-        yield
+        with held(directory) as mine:
+            if not mine:
+                bad_value("directory", f"'{directory}', in which another process trains", "a directory of its own")
+            yield
     finally:
-        os.close(place)
         if new and not any(directory.iterdir()):
             directory.rmdir()
 
