@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,13 @@ def test_a_run_that_ended_before_its_first_line_begins_again(words, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((words / "tokenizer.json").read_bytes())
     assert train(config(words), tmp_path, ALONE).step == 2
     assert train(config(words), tmp_path, ALONE, overwrite=True).step == 2
+
+
+def test_a_run_that_is_refused_leaves_no_directory(words, tmp_path):
+    for changes, resume in (({"data": str(tmp_path / "none")}, False), ({}, True)):
+        with pytest.raises(ArgumentError):
+            train(replace(config(words), **changes), tmp_path / "new", ALONE, resume=resume)
+        assert not (tmp_path / "new").exists()
 
 
 def test_two_do_not_train_in_one_directory(words, tmp_path):

@@ -337,10 +337,8 @@ def _generate(options: argparse.Namespace) -> int:
         if model.config.eos_token_id is None:
             model.config.eos_token_id = tokenizer.token_to_id(EOT)
         made = generate(model, torch.tensor(ids), options.tokens, **sampling)
-        after = tokenizer.decode([*ids, *made])[
-            len(tokenizer.decode(ids)) :
-        ]  # some decoders strip what they begin with
-        print(options.prompt + after)
+        both = tokenizer.decode([*ids, *made])  # some decoders strip what they begin with
+        print(options.prompt + both[len(tokenizer.decode(ids)) :])
     else:
         shown = [options.prompt]  # with the first piece, once all was found in order
 

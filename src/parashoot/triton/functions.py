@@ -203,9 +203,8 @@ def hypot(a, b, FAST: tl.constexpr):
     a, b = tl.abs(a), tl.abs(b)
     high, low = larger(a, b), smaller(a, b)
     least = 1.1754944e-38 if FAST else 0.0  # below which is what counts as zero
-    ratio = tl.where(
-        (low < high) & (high > least), divided(low, high, FAST), 1.0
-    )  # twice zero or infinity has no ratio
+    # Twice zero or infinity has no ratio.
+    ratio = tl.where((low < high) & (high > least), divided(low, high, FAST), 1.0)
     return high * sqrt(1.0 + ratio * ratio, FAST)
 
 
