@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 import parashoot as ps
 from parashoot.tiling import HEAD_ROWS, Tiling
 from parashoot.trace import trace_of
-from parashoot.triton.runtime import load
+from parashoot.triton.runtime import REGISTERS, load
 from parashoot.triton.sweep import source_of
 
 
@@ -69,6 +69,8 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
     carries = 128 if len(cell.states) <= 2 else 64  # a warp
     correcting = tiling.warps if cell.width else max(1, min(8, tiling.rows * tiling.narrow // carries))
     options = {"num_warps": tiling.warps if launch == "shoot" else correcting}
+    if launch == "shoot" and not cell.width:
+        options["maxnreg"] = REGISTERS
     return {"cell": cell.name, "direction": direction, "launch": launch, "dtype": dtype} | made(
         kernel, signature, values, attributes, options
     )

@@ -83,9 +83,9 @@ def _forward_by_kernels(
 ) -> tuple[Tensor, Tensor, Tensor, list[float], Tensor]:  # fmt: skip
     from .triton.runtime import run_forward  # Triton is imported where it is used
 
-    assert plan.tiling is not None
+    assert plan.tiling is not None and plan.backward is not None
     options = (reset, reverse, all_states, save, plan.tol, plan.max_iters)
-    y, h_n, saved, facts = run_forward(cell, found, plan.tiling, x, params, h0, *options)
+    y, h_n, saved, facts = run_forward(cell, found, plan.tiling, plan.backward, x, params, h0, *options)
     if plan.max_iters is not None and bool(facts[:, 2].any()):
         raise ConvergenceError(plan.max_iters, float(facts[:, 1].max()), plan.tol, plan.chunks)
     stats = [0.0, 0.0, 0.0, found.number, float(plan.chunk_length), 1.0]
@@ -103,7 +103,7 @@ def scan_op(
     plan, found = plan_for(made, x, as_seen(made, params, compute_dtype(x.dtype)), solver)
     given = x.flatten(3) if plan.tiling is None else x
     y, h_n, saved, stats, facts = _forward(given, params, h0, reset, made, reverse, all_states, save, plan, found)
-    seen = summary(facts) if report and facts is not None else torch.zeros(3, device=x.device)
+    seen = summary(facts) if report and facts is not None else x.new_empty(3, dtype=torch.float32)
     return y, h_n, saved, torch.tensor(stats, dtype=torch.float64), seen
 
 
@@ -150,7 +150,7 @@ def _gradients(
             f"cell '{cell.name}' changed between forward and backward: something its step reads (a global, a closure) "
             "has another value now. Keep it fixed until backward has run."
         )
-    if plan.tiling is not None:
+    if plan.backward is not None:
         from .triton.runtime import run_backward
 
         if dy is None:
@@ -159,7 +159,7 @@ def _gradients(
         dy = dy if dy.dim() == 4 else dy.unsqueeze(2)
         dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
         tol = tolerance_backward(cell, x.dtype)
-        return run_backward(cell, found, plan.tiling, dy, dh_n, x, params, h0, reset, states, reverse, tol)
+        return run_backward(cell, found, plan.backward, dy, dh_n, x, params, h0, reset, states, reverse, tol)
     with torch.autocast(x.device.type, enabled=False):
         grads, layout = _solve_backward(cell, plan, found, dy, dh_n, x.flatten(3), params, h0, reset, states, reverse)
     d_x = layout.unchunk(grads.xs, x.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .cell import Cell, feature_shape, sizes
 from .errors import BackendError, bad_type, bad_value
-from .tiling import HEAD_ROWS, Tiling, choose, choose_heads, tuned
+from .tiling import HEAD_ROWS, Tiling, choose, choose_heads, lead_for, processors, tuned
 from .trace import Trace, trace, trace_of
 
 JACOBIANS = ("auto", "exact", "diagonal", "zero")
@@ -89,6 +89,7 @@ class Plan:
     patience: int | None  # sweeps after which what is not exact yet runs in order
     autograd: bool  # one chunk: differentiate the plain loop, which is then the fastest
     tiling: Tiling | None  # how generated kernels cut the problem; None: PyTorch operations
+    backward: Tiling | None  # the same of the backward pass
     reasons: tuple[str, ...]
 
 
@@ -119,15 +120,15 @@ _EXACT_WIDTH = 16  # widest matrices for which exact products are cheaper than f
 
 @functools.lru_cache(maxsize=4096)
 def make_plan(
-    cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver, ops: tuple[int, int, int],
-    foreign: tuple[str, ...], digest: str, turns: bool,
+    cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver, ops: tuple[int, int],
+    instructions: tuple[int, int], foreign: tuple[str, ...], digest: str, turns: bool, memory: float,
 ) -> Plan:  # fmt: skip
-    """The plan for x of `x_shape` (B, T, G, C); `ops`: operations of a step and of its Jacobian, machine instructions of its
-    adjoint; `foreign` those operations that have no kernel expression; `digest` the cell's; `turns` as in `Trace`."""
+    """The plan for x of `x_shape` (B, T, G, C); `ops`: operations of a step and of its Jacobian; `foreign` those operations that have
+    no kernel expression; `digest` the cell's; `turns` as in `Trace`; `instructions` and `memory` as `step_facts` says."""
     batch, time, _, channels = x_shape
     obstacle = no_kernel(cell, dtype, device, solver, foreign)
     if obstacle is None:
-        return _kernel_plan(cell, x_shape, dtype, device, solver, ops[2], digest, turns)
+        return _kernel_plan(cell, x_shape, dtype, device, solver, instructions, digest, turns, memory)
     asked = isinstance(solver, MultipleShooting) and solver.backend == "triton"
     if asked:
         raise BackendError(f"backend: got 'triton'; {obstacle}. Use backend='auto' or 'torch'.")
@@ -136,7 +137,7 @@ def make_plan(
     if isinstance(solver, Sequential):
         kind = "exact" if cell.structure == "channelwise" else "zero"
         autograd = _by_autograd(cell, x_shape, device, ops[0])
-        return Plan("torch", time, 1, kind, tol, None, window, None, None, autograd, None, ("asked for",))
+        return Plan("torch", time, 1, kind, tol, None, window, None, None, autograd, None, None, ("asked for",))
     width = 1 if cell.structure == "channelwise" else (cell.width or channels) * len(cell.states)
     jacobian, lazy, reasons = solver.jacobian, None, []
     if device.type == "cuda":
@@ -165,16 +166,26 @@ def make_plan(
     chunks = -(-time // length)
     patience = None
     cheap = jacobian == "zero" or cell.structure == "channelwise"
-    least, share = (
-        (8 if cheap else 4),
-        (8 if jacobian == "zero" else 32),
-    )  # a sweep with Jacobians costs several without
+    # A sweep with Jacobians costs several without.
+    least, share = 8 if cheap else 4, 8 if jacobian == "zero" else 32
     if solver.chunk_length == "auto" and solver.max_iters is None and chunks > (1 if jacobian == "zero" else least):
         patience = max(least, chunks // share)
         reasons.append(f"what {patience} sweeps have not made exact runs in order")
     autograd = chunks == 1 and _by_autograd(cell, x_shape, device, ops[0])
     return Plan(
-        "torch", length, chunks, jacobian, tol, solver.max_iters, window, lazy, patience, autograd, None, tuple(reasons)
+        "torch",
+        length,
+        chunks,
+        jacobian,
+        tol,
+        solver.max_iters,
+        window,
+        lazy,
+        patience,
+        autograd,
+        None,
+        None,
+        tuple(reasons),
     )
 
 
@@ -244,44 +255,38 @@ def tolerance_backward(cell: Cell, dtype: torch.dtype) -> float:
 
 
 def _kernel_plan(
-    cell: Cell,
-    x_shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    solver: Solver,
-    instructions: int,
-    digest: str,
-    turns: bool,
-) -> Plan:
+    cell: Cell, x_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, solver: Solver, instructions: tuple[int, int],
+    digest: str, turns: bool, memory: float,
+) -> Plan:  # fmt: skip
     batch, time, _, channels = x_shape
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     asked = None
     if isinstance(solver, Sequential):
         asked = time
     elif not isinstance(solver.chunk_length, str):
         asked = min(int(solver.chunk_length), time)
-    slots = len(cell.states)
+    slots, jacobian = len(cell.states), _kernel_jacobian(cell)
+    tol, limit = (solver.tol, solver.max_iters) if isinstance(solver, MultipleShooting) else (None, None)
+    tol = _tolerance(_KERNEL_TOLERANCE[dtype], jacobian, dtype) if tol is None else tol
+    problem = (batch, time, channels, dtype.itemsize, slots)
     if cell.width is None:
-        tiling, reasons = choose(batch, time, channels, dtype.itemsize, slots, instructions, processors, asked)
+        given = (*problem, instructions, processors(device), asked)
+        lead = lead_for(memory, tol / 8)  # what the lead itself asks for
+        (tiling, reasons), (back, _) = (choose(*given, backward, lead) for backward in (False, True))
     else:
-        tiling, reasons = choose_heads(
-            batch, time, channels, dtype.itemsize, slots, cell.width, processors, asked, turns
-        )
+        back, reasons = tiling, _ = choose_heads(*problem, cell.width, processors(device), asked, turns)
     measured = tuned(device).get(str((digest, str(dtype), *x_shape))) if asked is None else None
-    if measured is not None and measured.unroll == tiling.unroll:  # saved states stand at multiples of it
-        tiling, reasons = measured, (f"{measured.chunks} chunks: the fastest that ps.tune measured on this device",)
+    if measured is not None and measured[0].unroll == tiling.unroll:  # saved states stand at multiples of it
+        tiling, back = measured
+        reasons = (f"{tiling.chunks} chunks: the fastest that ps.tune measured on this device",)
     length, chunks = tiling.cut(time)
-    given = isinstance(solver, MultipleShooting)
-    jacobian = _kernel_jacobian(cell)
-    tol = solver.tol if given and solver.tol is not None else _tolerance(_KERNEL_TOLERANCE[dtype], jacobian, dtype)
-    limit = solver.max_iters if given else None
     rows = "a chunk" if cell.width is None else f"{HEAD_ROWS} chunks"
     tile = f"a program takes {tiling.columns} channels of {rows}, {tiling.unroll} steps a loop trip, {tiling.stages} trips loaded ahead"
     if chunks > 1:
         tile += f"; it leads in over {min(tiling.burn, length)} steps" + (" or more" if cell.width is None else "")
-    return Plan(
-        "triton", min(length, time), chunks, jacobian, tol, limit, 0, None, None, False, tiling, (*reasons, tile)
-    )
+    if (backward := back.cut(time)[1]) != chunks:
+        tile += f"; backward {backward} chunk{'s' * (backward > 1)}"
+    reasons = (*reasons, tile)
+    return Plan("triton", min(length, time), chunks, jacobian, tol, limit, 0, None, None, False, tiling, back, reasons)
 
 
 def _by_autograd(cell: Cell, x_shape: tuple[int, ...], device: torch.device, step: int) -> bool:
@@ -368,8 +373,24 @@ class Explanation:
 def plan_for(cell: Cell, x: Tensor, params: list[Tensor], solver: Solver) -> tuple[Plan, Trace]:
     """The plan and the trace for these tensors; traces the step if it is new."""
     found = trace_for(cell, x, params)
-    ops = (found.step_ops, found.jacobian_ops, found.instructions)
-    return make_plan(cell, sizes(x), x.dtype, x.device, solver, ops, found.foreign, found.digest, found.turns), found
+    ops, (instructions, memory) = (found.step_ops, found.jacobian_ops), step_facts(cell, found)
+    facts = (instructions, found.foreign, found.digest, found.turns, memory)
+    return make_plan(cell, sizes(x), x.dtype, x.device, solver, ops, *facts), found
+
+
+@functools.lru_cache(maxsize=4096)
+def step_facts(cell: Cell, found: Trace) -> tuple[tuple[int, int], float]:
+    """What tilings depend on: machine instructions of the step and of its adjoint, roughly, and of what is in the state at rest, where all
+    is zero, how much one step leaves: the largest eigenvalue of the Jacobian, in size. Zeros for a step that has no kernel."""
+    if found.graph is None or found.adjoint is None or found.foreign:
+        return (0, 0), 0.0
+    instructions = found.graph.select(range(len(cell.states))).instructions(), found.adjoint.instructions()
+    if cell.width is not None:
+        return instructions, 0.0
+    moving = [torch.zeros(1, 1, device="cpu") for _ in (*cell.states, *cell.inputs)]
+    fixed = [torch.zeros(1, device="cpu") for _ in cell.params]
+    a = found.jacobian(moving[: len(cell.states)], moving[len(cell.states) :], fixed)[..., 0, 0]
+    return instructions, float(torch.linalg.eigvals(a).abs().max()) if bool(a.isfinite().all()) else 0.0
 
 
 def trace_for(cell: Cell, x: Tensor, params: list[Tensor]) -> Trace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -53,15 +54,31 @@ def stages_for(slots: int, heads: bool = False) -> int:
 
 
 _BURN = {2: 32, 4: 48}  # steps led in at first, by the bytes of a number: float32 has to forget more exactly
-_PROBE = 16  # the same where steps are long: most cells have forgotten by then, of others it says how far back to begin
+_PROBE = 16  # the same where steps or Jacobians are long: most cells have forgotten by then, of others it says how far back to begin
+_LEAD = 128  # steps led in at first, at most
 _AHEAD = 6  # loop trips whose loads are in flight, where `stages_for` is too few to keep the memory busy
 WIDEST = 128  # channels of a program, at most
 _SHORTEST = 128  # steps of a chunk: leading in costs a fraction
 _STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full
 _LAUNCH = 6e-6  # of the second launch and of reading what the first recorded
 _LONG = (100, 200)  # instructions of the adjoint from which on, up to two states and with more, steps are long
-_CROWDED = (220, 400)  # from which on, up to two states and with more, registers leave room for too few warps
+# Instructions of the step and of the adjoint from which on, up to two states and with more, registers leave room for too few warps.
+_CROWDED = ((200, 200), (500, 500))
+_SLOW = 48  # steps of a lead from which on more chunks cost more than they bring, up to two states
 _ELEMENTS = 512  # carries that a multiprocessor advances at once: enough loads in flight to keep the memory busy
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, 1 of anything else."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def lead_for(memory: float, goal: float) -> int:
+    """Steps after which a state at rest is forgotten up to `goal`, with some to spare, where `memory` of it is left by one; 0 if too many."""
+    if not (0.0 < memory < 1.0 and 0.0 < goal < 1.0):
+        return 0
+    steps = math.ceil(math.log(goal) / math.log(memory)) + 8
+    return steps if steps <= _LEAD else 0
 
 
 def choose(
@@ -70,33 +87,37 @@ def choose(
     channels: int,
     itemsize: int,
     slots: int,
-    instructions: int,
+    instructions: tuple[int, int],
     processors: int,
     chunk_length: int | None,
+    backward: bool = False,
+    lead: int = 0,
 ) -> tuple[Tiling, tuple[str, ...]]:
     """The tiling for x (B, T, G, C) of numbers of `itemsize` bytes on a device of so many multiprocessors, and the reasons.
 
-    `instructions` of the step's adjoint tell whether bytes or arithmetic take the time; `chunk_length` as asked for or None.
+    `instructions` of the step and of its adjoint tell whether bytes or arithmetic take the time; `chunk_length` as asked for or None;
+    `lead`: steps that a chunk wants to be led in over at least.
     """
-    unroll, short = unroll_for(slots), itemsize == 2
-    long = instructions >= _LONG[slots > 2]
-    light = slots <= 2 and not long
-    # long steps want more carries at once, four to a thread: while one waits for its operands another goes on
-    deep = short and not light and instructions < _CROWDED[slots > 2]
+    unroll, short, many = unroll_for(slots), itemsize == 2, slots > 2
+    long = instructions[1] >= _LONG[many]
+    light = not many and not long
+    roomy = instructions[backward or many] < _CROWDED[many][backward]
+    # Long steps want more carries at once, four to a thread: while one waits for its operands another goes on. Adjoints want registers.
+    deep = short and not light and roomy and (many or not (backward or lead >= _SLOW))
+    pairs = light or (short and not many and backward and roomy)  # two to a thread
     full = processors * _ELEMENTS
-    wide = (light or deep) and batch * channels * 8 >= full and channels >= WIDEST
-    full *= 2 if deep or (not short and not light and slots <= 2) else 1
+    wide = (pairs or deep) and batch * channels * 8 >= full and channels >= WIDEST
+    full *= 2 if deep or (not short and not light and not many) else 1
     columns = WIDEST if wide else max(16, min(64 if short else 32, 1 << (channels - 1).bit_length()))
-    burn = _PROBE if short and long else _BURN[itemsize]
-    ahead = short and (light if slots == 2 else slots > 2 and not wide)
+    burn = max(_PROBE if short and (long or many) else _BURN[itemsize], -(-lead // unroll) * unroll)
+    ahead = short and (light if slots == 2 else many and not wide)
     stages = _AHEAD if ahead else stages_for(slots)
     if chunk_length is not None:
         chunks, reasons = -(-time // chunk_length), ["chunk length asked for"]
     else:
         chunks, reasons = _chunks(batch * channels, "channels", time, unroll, full, burn)
-    narrow = min(columns, 64 if slots <= 2 else 32)
-    warps = 2 if wide and light else 1
-    return Tiling(columns, warps, unroll, stages, chunks, burn, 16, narrow), tuple(reasons)
+    narrow = min(columns, 32 if many else 64)
+    return Tiling(columns, 2 if wide and pairs else 1, unroll, stages, chunks, burn, 16, narrow), tuple(reasons)
 
 
 def _chunks(width: int, unit: str, time: int, unroll: int, full: int, burn: int) -> tuple[int, list[str]]:
@@ -142,7 +163,9 @@ def choose_heads(
     return Tiling(columns, columns // HEAD_ROWS, unroll, stages, chunks, burn, 1, columns), tuple(reasons)
 
 
-# What `ps.tune` found: for each kind of device, tilings by cell, dtype and shape.
+# What `ps.tune` found: for each kind of device, tilings forward and backward by cell, dtype and shape.
+
+Pair = tuple[Tiling, Tiling]
 
 
 def _store() -> Path:
@@ -150,26 +173,22 @@ def _store() -> Path:
 
 
 @functools.cache
-def _tuned(device: str) -> dict[str, Tiling]:
+def _tuned(device: str) -> dict[str, Pair]:
     try:
-        return {key: Tiling(**fields) for key, fields in json.loads(_store().read_text()).get(device, {}).items()}
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ):  # none yet, or of another version: measured again when asked
+        found = json.loads(_store().read_text()).get(device, {})
+        return {key: (Tiling(**pair["forward"]), Tiling(**pair["backward"])) for key, pair in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):  # none yet, or of another version
         return {}
 
 
-def tuned(device: torch.device) -> dict[str, Tiling]:
+def tuned(device: torch.device) -> dict[str, Pair]:
     """Tilings measured on this kind of device, by key."""
     return _tuned(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
 
 
-def remember(device: torch.device, key: str, tiling: Tiling) -> None:
-    """Keep a tiling, in this process and on disk; the file is replaced whole, so a crash loses nothing."""
-    tuned(device)[key] = tiling
+def remember(device: torch.device, key: str, pair: Pair) -> None:
+    """Keep tilings, in this process and on disk; the file is replaced whole, so a crash loses nothing."""
+    tuned(device)[key] = pair
     path, name = _store(), torch.cuda.get_device_name(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -178,7 +197,7 @@ def remember(device: torch.device, key: str, tiling: Tiling) -> None:
         known = {}
     if not isinstance(known, dict) or not isinstance(known.get(name, {}), dict):  # not a file that this wrote
         known = {}
-    known.setdefault(name, {})[key] = asdict(tiling)
+    known.setdefault(name, {})[key] = {"forward": asdict(pair[0]), "backward": asdict(pair[1])}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(known, file, indent=1)
     os.replace(file.name, path)

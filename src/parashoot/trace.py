@@ -74,11 +74,6 @@ class Trace:
         return tuple(sorted({op for g in graphs for op in g.only_in_torch()}))
 
     @functools.cached_property
-    def instructions(self) -> int:
-        """Machine instructions of a GPU that the adjoint of a step takes, roughly; 0 where it has no graph."""
-        return 0 if self.adjoint is None else self.adjoint.instructions()
-
-    @functools.cached_property
     def kinked(self) -> bool:
         """Whether the step compares its state, or has no graph to say: derivatives may be zero where it is not flat."""
         adjoint = self.adjoint

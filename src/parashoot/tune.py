@@ -22,7 +22,7 @@ KERNELS = replace(AUTO, backend="triton")
 def tune(
     cell: Cell, x: Tensor, params: Tensor | Sequence[Tensor] | None = None, repeats: int = 20
 ) -> dict[Tiling, float]:
-    """Seconds of forward and backward of `ps.scan(cell, x, params)` for each tiling tried, fastest first; the fastest is remembered.
+    """Seconds of forward and backward of `ps.scan(cell, x, params)` for each tiling tried, fastest first; the fastest of each is remembered.
 
     - `x` (B, T, G, C), or with channels in heads, on a CUDA device: its shape, dtype and values decide, as a cell that forgets slowly needs
       other chunks. What a layer runs: `ps.tune(*layer.prepared(x))`.
@@ -45,13 +45,13 @@ def tune(
     obstacle = no_kernel(cell, x.dtype, x.device, KERNELS, found.foreign) if x.is_cuda else "x is on the CPU"
     if obstacle is not None:
         raise BackendError(f"tune: no kernel runs here: {obstacle}.")
-    tiling = plan_for(cell, x, seen, KERNELS)[0].tiling
-    assert tiling is not None
+    plan = plan_for(cell, x, seen, KERNELS)[0]
+    assert plan.tiling is not None and plan.backward is not None
     key = (found.digest, str(x.dtype), *shape)
-    before, seconds = tuned(x.device).get(str(key)), {}
+    before, seconds = tuned(x.device).get(str(key)), dict[Tiling, tuple[float, float]]()
     try:
-        for candidate in _candidates(tiling, shape[1], shape[3], cell.width is not None):
-            tuned(x.device)[str(key)] = candidate
+        for candidate in _candidates(plan.tiling, plan.backward, shape[1], shape[3], cell.width is not None):
+            tuned(x.device)[str(key)] = candidate, candidate
             make_plan.cache_clear()
             seconds[candidate] = _time(cell, x, given, repeats)
     finally:
@@ -59,17 +59,17 @@ def tune(
         if before is not None:  # kept if a run failed
             tuned(x.device)[str(key)] = before
         make_plan.cache_clear()
-    ranked = dict(sorted(seconds.items(), key=lambda pair: pair[1]))
-    remember(x.device, str(key), next(iter(ranked)))
-    return ranked
+    best = [min(seconds, key=lambda tiling: seconds[tiling][way]) for way in (0, 1)]
+    remember(x.device, str(key), (best[0], best[1]))
+    return {tiling: sum(both) for tiling, both in sorted(seconds.items(), key=lambda pair: sum(pair[1]))}
 
 
-def _candidates(start: Tiling, time: int, channels: int, heads: bool) -> list[Tiling]:
-    tiles = {(start.columns, start.warps)}
+def _candidates(start: Tiling, back: Tiling, time: int, channels: int, heads: bool) -> list[Tiling]:
+    tiles = {(t.columns, t.warps) for t in (start, back)}
     if not heads:
         tiles |= {(w, n) for w, n in ((32, 1), (64, 1), (128, 1), (128, 2)) if w <= max(start.columns, channels)}
     most = max(1, min(time // start.burn, MOST_ROWS if heads else time))
-    counts = {n for n in (start.chunks // 2, start.chunks, start.chunks * 2) if 1 <= n <= most}
+    counts = {n for t in (start, back) for n in (t.chunks // 2, t.chunks, t.chunks * 2) if 1 <= n <= most}
     cut = [
         replace(start, columns=w, warps=n, chunks=c, narrow=min(w, start.narrow))
         for w, n in sorted(tiles)
@@ -80,20 +80,23 @@ def _candidates(start: Tiling, time: int, channels: int, heads: bool) -> list[Ti
     return cut + [replace(start, burn=b) for b in (16, 32, 64) if b != start.burn]
 
 
-def _time(cell: Cell, x: Tensor, params: list[Tensor], repeats: int) -> float:
+def _time(cell: Cell, x: Tensor, params: list[Tensor], repeats: int) -> tuple[float, float]:
+    """Seconds forward and backward."""
     leaves = [v.detach().clone().requires_grad_() for v in (x, *params)]
     grad = torch.randn_like(x[:, :, 0]).flatten(2)
 
-    def once() -> float:
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    def once() -> tuple[float, float]:
+        begun, turned, ended = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         begun.record(torch.cuda.current_stream(x.device))
         with torch.enable_grad():
             y, _ = scan(cell, leaves[0], tuple(leaves[1:]) or None, solver=KERNELS)
+        turned.record(torch.cuda.current_stream(x.device))
         torch.autograd.grad(y, leaves, grad, allow_unused=True)
         ended.record(torch.cuda.current_stream(x.device))
         torch.cuda.synchronize(x.device)
-        return begun.elapsed_time(ended) / 1e3
+        return begun.elapsed_time(turned) / 1e3, turned.elapsed_time(ended) / 1e3
 
     for _ in range(3):
         once()
-    return statistics.median(once() for _ in range(repeats))
+    forward, backward = zip(*(once() for _ in range(repeats)), strict=True)
+    return statistics.median(forward), statistics.median(backward)

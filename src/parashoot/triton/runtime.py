@@ -13,11 +13,15 @@ from torch import Tensor
 
 from ..cell import Cell, gradient_like, sizes
 from ..garbage import uncollected
-from ..tiling import HEAD_ROWS, Tiling, stages_for, unroll_for
+from ..tiling import HEAD_ROWS, Tiling, processors, stages_for, unroll_for
 from ..trace import Trace
 from .add_rows import add_rows
 from .compiling import Job, compile_together
 from .sweep import Source, backward, decode, forward, source_of
+
+# Registers that a thread may take where no more threads than CROWD share a multiprocessor. Without a limit the assembler keeps some
+# free for more threads, and lets the elements of one wait for each other.
+REGISTERS, CROWD = 255, 320
 
 
 @functools.lru_cache(maxsize=512)
@@ -46,10 +50,13 @@ def _execute(text: str, what: str) -> dict[str, Any]:
 
 
 def run_forward(
-    cell: Cell, found: Trace, tiling: Tiling, x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, reverse: bool,
-    all_states: bool, save: bool, tol: float, most: int | None,
+    cell: Cell, found: Trace, tiling: Tiling, back: Tiling, x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None,
+    reverse: bool, all_states: bool, save: bool, tol: float, most: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y (B, T, O, C), h_n, saved states (B, ceil(T / unroll), S, C) fp32 or empty, facts (N, 3): passes, defect, unsolved)."""
+    """(y (B, T, O, C), h_n, saved states (B, ceil(T / unroll), S, C) fp32 or empty, facts (N, 3): passes, defect, unsolved).
+
+    `back` is the tiling of the backward pass, which is compiled meanwhile.
+    """
     batch, time, _, channels = sizes(x)
     kept = save and found.keeps_states(len(cell.states), x.dtype)
     made = source_of(found, cell, tiling.unroll, tiling.stages, all_states, reset is not None, kept)
@@ -74,7 +81,7 @@ def run_forward(
     _start(
         jobs,
         x,
-        (lambda: _backward_like(cell, found, tiling, x, params, h0, reset, y, saved, reverse)) if save else None,
+        (lambda: _backward_like(cell, found, back, x, params, h0, reset, y, saved, reverse)) if save else None,
     )
     return y, h_n, saved, facts.view(-1, 3)
 
@@ -184,6 +191,7 @@ def _jobs(
     shoot = {
         "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, 16 * tiling.burn),
         "BD": columns, "ALONE": chunks == 1, "MASKED": ragged(columns, chunks * each), "num_warps": tiling.warps,
+        "maxnreg": REGISTERS if tiles * chunks * batch * 32 * tiling.warps <= CROWD * processors(x.device) else None,
     }  # fmt: skip
     jobs: list[Job] = [(kernels[0], (tiles * chunks * batch,), common | shoot)]
     report = facts

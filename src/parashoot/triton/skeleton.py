@@ -58,7 +58,7 @@ def {name}_run(
         goal = 0.125 * tol  # what is led in is compared with the tolerance itself
         leading = part > 0
         while leading:
-            n = run
+            n = tl.minimum(run, part * CL)
             clipped = base - n <= LO
             $v{i} = tl.where(clipped, i{i}, zero)$
             $$m{i}{k} = tl.where(clipped, zero, {unit})$$

@@ -161,7 +161,7 @@ def forward(s: Source) -> str:
             if jacobian:
                 rows = [values[s.slots + i * s.slots :][: s.slots] for i in range(s.slots)]
                 out += _compose_step(rows)
-            out += _carry_on(s, values[: s.slots], not write)
+            out += _carry_on(s, values[: s.slots], write)
             if write:
                 out.append("at = y_ptr + b * y_b + time * y_t + col")
                 out += [
@@ -194,9 +194,10 @@ def backward(s: Source) -> str:
             out.append("at = dy_ptr + b * dy_b + time * dy_t + col")
             out += [f"g{u}_{n} = tl.load({_apart('at', 'dy_s', n)}, {_mask(lead)})" for n in range(len(s.outputs))]
             if not recompute:  # the state before: y one position on, in the order of this sweep
+                there = "ok & (q < L - 1)" + " if MASKED else q < L - 1" * (not lead)
                 out += [
                     "at = y_ptr + b * y_b + (time + DIR) * y_t + col",
-                    f"h{u} = tl.load(at, mask=ok & (q < L - 1), other=0.0)",
+                    f"h{u} = tl.load(at, mask={there}, other=0.0)",
                 ]
         if recompute:
             group = f"(L - {s.unroll} - origin - t) // {s.unroll}"
@@ -228,9 +229,7 @@ def backward(s: Source) -> str:
             out += _position(u)
             for n, i in enumerate(s.outputs):
                 value = f"g{u}_{n}.to(tl.float32)"
-                out.append(
-                    f"v{i} += tl.where(ok, {value}, 0.0) if MASKED else {value}" if write else f"v{i} += {value}"
-                )
+                out.append(f"v{i} += tl.where(ok, {value}, 0.0) if MASKED else {value}")
             given = s.given([f"f{u}_{i}" for i in slots], u)
             if jacobian and entries is not None:
                 line, values = call("jacobian", entries, given, "w")
@@ -250,7 +249,7 @@ def backward(s: Source) -> str:
             else:
                 out += [f"u{i} = {dot((transposed[i][k], f'v{k}') for k in slots)}" for i in slots]
                 new = [f"u{i}" for i in slots]
-            out += [*_carry_on(s, new, not write), *_cut(s, u, carry, jacobian)]
+            out += [*_carry_on(s, new, write), *_cut(s, u, carry, jacobian)]
         return out
 
     arguments = ["x_ptr", *_param_pointers(s)]
@@ -363,7 +362,7 @@ def _module(
     pairs = [(i, k) for i in slots for k in slots]
 
     def loop(jacobian: bool, write: bool, unroll: int, stages: int) -> list[str]:
-        body = {"loads": loads(not write, unroll), "steps": steps(jacobian, write, unroll)}
+        body = {"loads": loads(not write and s.width is not None, unroll), "steps": steps(jacobian, write, unroll)}
         blocks = {**body, "U": unroll, "stages": stages}
         return fill(LOOP, s.slots, blocks).rstrip("\n").split("\n")
 
@@ -422,7 +421,7 @@ def _apart(pointer: str, stride: str, n: int) -> str:
 
 
 def _mask(always: bool) -> str:
-    """Positions beyond the ends are masked in a lead always, in a chunk only where it is MASKED."""
+    """Positions beyond the ends are masked where there are any; in the leads of heads always, where the rows of a tile begin apart."""
     return "mask=ok, other=0.0" if always else "mask=ok if MASKED else None"
 
 
@@ -493,16 +492,27 @@ def _cut(s: Source, u: int, carries: list[str], jacobian: bool) -> list[str]:
     return [f"{v} = tl.where(cut{u} != 0, 0.0, {v})" for v in carries + entries]
 
 
+def _reached(a: list[list[Atom]]) -> list[tuple[int, int]]:
+    """(i, k) where a power of `a` can have an entry: the others of m stay what they are in the identity."""
+    slots = range(len(a))
+    reached = {(i, k) for i in slots for k in slots if i == k or a[i][k] != 0.0}
+    for j in slots:
+        reached |= {(i, k) for i in slots for k in slots if (i, j) in reached and (j, k) in reached}
+    return sorted(reached)
+
+
 def _compose_step(a: list[list[Atom]]) -> list[str]:
     """m <- a m at positions that exist."""
-    slots = range(len(a))
-    new = [f"n{i}{k} = {dot((a[i][j], f'm{j}{k}') for j in slots)}" for i in slots for k in slots]
-    return new + [f"m{i}{k} = tl.where(ok, n{i}{k}, m{i}{k})" for i in slots for k in slots]
+    reached = _reached(a)
+    sums = {(i, k): dot((a[i][j], f"m{j}{k}") for j in range(len(a)) if (j, k) in reached) for i, k in reached}
+    new = [f"n{i}{k} = {total}" for (i, k), total in sums.items()]
+    return new + [f"m{i}{k} = tl.where(ok, n{i}{k}, m{i}{k}) if MASKED else n{i}{k}" for i, k in reached]
 
 
-def _carry_on(s: Source, values: Sequence[Atom], always: bool) -> list[str]:
+def _carry_on(s: Source, values: Sequence[Atom], write: bool) -> list[str]:
     """The new carries, all at once; positions that do not exist leave them as they are. In heads, how far they went is noted."""
     out = [f"k{i} = {_spread(v)}" for i, v in enumerate(values)]
+    always = s.width is not None and not write
     kept = "tl.where(ok, k{0}, v{0})" if always else "tl.where(ok, k{0}, v{0}) if MASKED else k{0}"
     out += [f"v{i} = {kept.format(i)}" for i in range(len(values))]
     noted = [] if s.width is None or always else [f"far = larger(far, tl.abs(v{i}))" for i in range(len(values))]
