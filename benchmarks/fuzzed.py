@@ -6,7 +6,7 @@ instructions, without the branches for huge arguments of sine and cosine, at one
 and at 16 for the special function unit. Passes: of the slowest tile of channels and on average; those that jump or latch take the loop's
 time, whatever a step costs. A row for each cell and direction goes to the results file.
 
-    python benchmarks/fuzzed.py [--out FILE] [--seeds 0:40] [--shape B T C]
+    python benchmarks/fuzzed.py [--out FILE] [--seeds 0:40,43] [--shape B T C]
 """
 
 import argparse
@@ -132,11 +132,12 @@ def prepare(job: tuple[int, tuple[int, int, int]]) -> tuple[int, dict, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("fuzzed.jsonl"))
-    parser.add_argument("--seeds", default="0:40")
+    parser.add_argument("--seeds", default="0:40", metavar="A:B,C", help="ranges and single ones")
     parser.add_argument("--shape", type=int, nargs=3, default=(8, 2048, 2048), metavar=("B", "T", "C"))
     parser.add_argument("--commit")
     options = parser.parse_args()
-    seeds, shape = range(*map(int, options.seeds.split(":"))), tuple(options.shape)
+    ranges = [[int(n) for n in part.split(":")] for part in options.seeds.split(",")]
+    seeds, shape = [s for r in ranges for s in (range(*r) if len(r) > 1 else r)], tuple(options.shape)
     agreements = {}
     processes = min(16, os.cpu_count() or 1, len(seeds))  # which share the GPU's memory
     with multiprocessing.get_context("spawn").Pool(processes) as pool:

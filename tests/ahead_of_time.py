@@ -69,7 +69,7 @@ def compile_kernel(cell: ps.Cell, direction: str, launch: str, dtype: str, tilin
     carries = 128 if len(cell.states) <= 2 else 64  # a warp
     correcting = tiling.warps if cell.width else max(1, min(8, tiling.rows * tiling.narrow // carries))
     options = {"num_warps": tiling.warps if launch == "shoot" else correcting}
-    if launch == "shoot" and not cell.width:
+    if launch == "shoot" and tiling.roomy:
         options["maxnreg"] = REGISTERS
     return {"cell": cell.name, "direction": direction, "launch": launch, "dtype": dtype} | made(
         kernel, signature, values, attributes, options

@@ -17,7 +17,8 @@ import torch
 class Tiling:
     """A program takes `columns` channels of one chunk with `warps` warps; `unroll` steps a loop trip, `stages` trips loaded ahead;
     time is cut into `chunks`, each led into by `burn` steps. A correction takes `rows` chunks of its own at once, longer or shorter
-    ones, of `narrow` channels. Of heads, a program takes `columns` channels of 16 chunks; a correction takes them as they are."""
+    ones, of `narrow` channels. Of heads, a program takes `columns` channels of 16 chunks; a correction takes them as they are. `roomy`:
+    threads may take all registers, which as a rule brings the arithmetic of their elements together, and now and then takes it apart."""
 
     columns: int
     warps: int
@@ -27,6 +28,7 @@ class Tiling:
     burn: int = 32
     rows: int = 16
     narrow: int = 64
+    roomy: bool = False
 
     @property
     def pieces(self) -> int:
@@ -62,9 +64,8 @@ _SHORTEST = 128  # steps of a chunk: leading in costs a fraction
 _STEP = 0.15e-6  # seconds a dependent step takes, whatever the width, as long as the device is not full
 _LAUNCH = 6e-6  # of the second launch and of reading what the first recorded
 _LONG = (100, 200)  # instructions of the adjoint from which on, up to two states and with more, steps are long
-# Instructions of the step and of the adjoint from which on, up to two states and with more, registers leave room for too few warps.
-_CROWDED = ((200, 200), (500, 500))
 _SLOW = 48  # steps of a lead from which on more chunks cost more than they bring, up to two states
+_QUICK = 20  # steps of a lead up to which many states begin with a probe
 _ELEMENTS = 512  # carries that a multiprocessor advances at once: enough loads in flight to keep the memory busy
 
 
@@ -101,15 +102,17 @@ def choose(
     unroll, short, many = unroll_for(slots), itemsize == 2, slots > 2
     long = instructions[1] >= _LONG[many]
     light = not many and not long
-    roomy = instructions[backward or many] < _CROWDED[many][backward]
+    spare = _spare(slots, instructions, backward)
     # Long steps want more carries at once, four to a thread: while one waits for its operands another goes on. Adjoints want registers.
-    deep = short and not light and roomy and (many or not (backward or lead >= _SLOW))
-    pairs = light or (short and not many and backward and roomy)  # two to a thread
+    deep = short and not light and spare and (many or not (backward or lead >= _SLOW))
+    pairs = light or (short and not many and backward and spare)  # two to a thread
+    roomy = light if backward else short and not light and not many
     full = processors * _ELEMENTS
     wide = (pairs or deep) and batch * channels * 8 >= full and channels >= WIDEST
     full *= 2 if deep or (not short and not light and not many) else 1
     columns = WIDEST if wide else max(16, min(64 if short else 32, 1 << (channels - 1).bit_length()))
-    burn = max(_PROBE if short and (long or many) else _BURN[itemsize], -(-lead // unroll) * unroll)
+    probing = short and (long or (many and 0 < lead <= _QUICK))
+    burn = max(_PROBE if probing else _BURN[itemsize], -(-lead // unroll) * unroll)
     ahead = short and (light if slots == 2 else many and not wide)
     stages = _AHEAD if ahead else stages_for(slots)
     if chunk_length is not None:
@@ -117,7 +120,18 @@ def choose(
     else:
         chunks, reasons = _chunks(batch * channels, "channels", time, unroll, full, burn)
     narrow = min(columns, 32 if many else 64)
-    return Tiling(columns, 2 if wide and pairs else 1, unroll, stages, chunks, burn, 16, narrow), tuple(reasons)
+    warps = 2 if wide and pairs else 1
+    return Tiling(columns, warps, unroll, stages, chunks, burn, 16, narrow, roomy), tuple(reasons)
+
+
+def _spare(slots: int, instructions: tuple[int, int], backward: bool) -> bool:
+    """Whether the step or, backward, its adjoint is short enough that enough elements of it fit in the registers."""
+    step, adjoint = instructions
+    if slots > 2:
+        return adjoint < (500 if backward else 400)
+    if backward:
+        return adjoint < 200
+    return step < 200 if slots == 1 else adjoint < 220
 
 
 def _chunks(width: int, unit: str, time: int, unroll: int, full: int, burn: int) -> tuple[int, list[str]]:

@@ -70,14 +70,17 @@ def _candidates(start: Tiling, back: Tiling, time: int, channels: int, heads: bo
         tiles |= {(w, n) for w, n in ((32, 1), (64, 1), (128, 1), (128, 2)) if w <= max(start.columns, channels)}
     most = max(1, min(time // start.burn, MOST_ROWS if heads else time))
     counts = {n for t in (start, back) for n in (t.chunks // 2, t.chunks, t.chunks * 2) if 1 <= n <= most}
-    cut = [
+    cut = [start, back]
+    cut += [
         replace(start, columns=w, warps=n, chunks=c, narrow=min(w, start.narrow))
         for w, n in sorted(tiles)
         for c in sorted(counts)
     ]
-    if heads or start.chunks == 1:  # heads cannot tell whether a lead was long enough
-        return cut
-    return cut + [replace(start, burn=b) for b in (16, 32, 64) if b != start.burn]
+    if not heads:
+        cut += [replace(t, roomy=not t.roomy) for t in (start, back)]
+    if not heads and start.chunks > 1:  # heads cannot tell whether a lead was long enough
+        cut += [replace(start, burn=b) for b in (16, 32, 64)]
+    return list(dict.fromkeys(cut))
 
 
 def _time(cell: Cell, x: Tensor, params: list[Tensor], repeats: int) -> tuple[float, float]:
@@ -87,6 +90,7 @@ def _time(cell: Cell, x: Tensor, params: list[Tensor], repeats: int) -> tuple[fl
 
     def once() -> tuple[float, float]:
         begun, turned, ended = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        torch.cuda._sleep(2_000_000)  # a millisecond, in which the host gets ahead
         begun.record(torch.cuda.current_stream(x.device))
         with torch.enable_grad():
             y, _ = scan(cell, leaves[0], tuple(leaves[1:]) or None, solver=KERNELS)

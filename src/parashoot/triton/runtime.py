@@ -19,9 +19,10 @@ from .add_rows import add_rows
 from .compiling import Job, compile_together
 from .sweep import Source, backward, decode, forward, source_of
 
-# Registers that a thread may take where no more threads than CROWD share a multiprocessor. Without a limit the assembler keeps some
-# free for more threads, and lets the elements of one wait for each other.
+# Registers that a thread may take of a roomy tiling, where no more threads than CROWD share a multiprocessor. Without a limit the assembler
+# keeps some free for more threads.
 REGISTERS, CROWD = 255, 320
+FURTHEST = 512  # steps of a lead, at least, before it is given up
 
 
 @functools.lru_cache(maxsize=512)
@@ -188,10 +189,11 @@ def _jobs(
     common = given | place | {"starts_ptr": starts, "ends_ptr": ends, "facts_ptr": facts, "C": channels, "tol": tol}
     common |= {"records": records} | _modes(given, x)
     ragged = lambda width, end: place["LO"] > 0 or channels % width != 0 or end != length
+    threads = tiles * chunks * batch * 32 * tiling.warps
     shoot = {
-        "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, 16 * tiling.burn),
+        "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, FURTHEST),
         "BD": columns, "ALONE": chunks == 1, "MASKED": ragged(columns, chunks * each), "num_warps": tiling.warps,
-        "maxnreg": REGISTERS if tiles * chunks * batch * 32 * tiling.warps <= CROWD * processors(x.device) else None,
+        "maxnreg": REGISTERS if tiling.roomy and threads <= CROWD * processors(x.device) else None,
     }  # fmt: skip
     jobs: list[Job] = [(kernels[0], (tiles * chunks * batch,), common | shoot)]
     report = facts
