@@ -108,6 +108,18 @@ def test_the_limit_counts_passes(tiling):
         ps.scan(cell, x, tuple(params), h0, solver=limited(needed - 1))
 
 
+@ps.cell(output="c")
+def chain(a: ps.State, b: ps.State, c: ps.State, x: ps.Input):
+    return 0.97 * a + x, 0.97 * b + 0.2 * a, 0.97 * c + 0.2 * b
+
+
+def test_what_a_state_reaches_through_another_is_corrected_at_once(tiling):
+    """c takes from a only by way of b: powers of the Jacobian have entries that it lacks. Linear: one pass finds what the next one writes."""
+    tiling(Tiling(8, 1, 2, 2, 6, 2, 4, 8))
+    x, params, h0 = fp32_problem(chain, 1, 48, 3, 0.5)
+    assert compare(chain, 0.1 * x, params, h0).iterations == 3
+
+
 @ps.cell
 def integrator(h: ps.State, x: ps.Input):
     return h + x

@@ -22,7 +22,7 @@ from .sweep import Source, backward, decode, forward, source_of
 # Registers that a thread may take of a roomy tiling, where no more threads than CROWD share a multiprocessor. Without a limit the assembler
 # keeps some free for more threads.
 REGISTERS, CROWD = 255, 320
-FURTHEST = 512  # steps of a lead, at least, before it is given up
+FURTHEST = 512  # steps of a lead after which it is given up, if its first was long and chunks are short
 
 
 @functools.lru_cache(maxsize=512)
@@ -191,7 +191,7 @@ def _jobs(
     ragged = lambda width, end: place["LO"] > 0 or channels % width != 0 or end != length
     threads = tiles * chunks * batch * 32 * tiling.warps
     shoot = {
-        "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, FURTHEST),
+        "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, min(16 * tiling.burn, FURTHEST)),
         "BD": columns, "ALONE": chunks == 1, "MASKED": ragged(columns, chunks * each), "num_warps": tiling.warps,
         "maxnreg": REGISTERS if tiling.roomy and threads <= CROWD * processors(x.device) else None,
     }  # fmt: skip
