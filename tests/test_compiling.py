@@ -32,7 +32,7 @@ def signature(jobs: list[compiling.Job]) -> list[tuple]:
 @pytest.mark.parametrize("all_states", [False, True], ids=["", "states"])
 @pytest.mark.parametrize("name", ["mingru", "gru", "lstm", "headgru"])
 def test_what_is_compiled_ahead_is_what_backward_runs(name, all_states, reverse, reset, chunks, tiling, monkeypatch):
-    tiling(Tiling(16 if name == "headgru" else 8, 1, 2, 2, chunks, 4, 8, 8))
+    tiling(Tiling(16 if name == "headgru" else 8, 1, 2, 2, chunks, 4, 8, 8, roomy=chunks > 1))
     cell, expected, started = getattr(ps.cells, name), [], []
 
     def record(jobs, x, follow=None):  # and run nothing

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import parashoot as ps
-from parashoot.plan import step_facts
+from parashoot.plan import instructions_of
 from parashoot.tiling import choose, choose_heads
 from parashoot.trace import trace_of
 
@@ -91,7 +91,7 @@ def jobs() -> list[tuple]:
             if cell.width:
                 tiling, _ = choose_heads(8, 2048, 2048, size, len(cell.states), cell.width, 132, None, found.turns)
             else:
-                facts = (size, len(cell.states), step_facts(cell, found)[0], 132, None, direction == "backward")
+                facts = (size, len(cell.states), instructions_of(cell, found), 132, None, direction == "backward")
                 tiling, _ = choose(8, 2048, 2048, *facts)
             out.append((name, direction, launch, dtype, dataclasses.asdict(tiling)))
     tiling, _ = choose(8, 2048, 2048, 2, 1, (30, 60), 132, None)

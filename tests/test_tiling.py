@@ -11,6 +11,7 @@ import parashoot as ps
 from parashoot import plan, tiling
 from parashoot.tiling import MOST_ROWS, Tiling, choose, choose_heads
 from parashoot.trace import trace_of
+from parashoot.tune import _candidates, _fastest
 
 H100 = 132  # multiprocessors
 sizes = st.integers(1, 5000)
@@ -42,7 +43,7 @@ def integrator(h: ps.State, x: ps.Input):
 
 @pytest.mark.parametrize(("cell", "left"), [(leaky, 0.9), (integrator, 1.0), (ps.cells.lstm, 0.5)], ids=str)
 def test_a_lead_lasts_until_a_state_at_rest_is_forgotten(cell, left):
-    _, memory = plan.step_facts(cell, trace_of(cell, torch.float32, torch.device("cpu")))
+    memory = trace_of(cell, torch.float32, torch.device("cpu")).memory
     assert memory == pytest.approx(left)
     steps = tiling.lead_for(memory, 1e-5)
     if left < 1:  # as few as will do, but for some
@@ -130,9 +131,23 @@ def test_what_was_tuned_is_found_again(folder, monkeypatch):
     tiling.remember(device, "two", chosen)
     tiling._tuned.cache_clear()
     assert tiling.tuned(device) == {"one": chosen, "two": chosen}
-    (folder / "tilings.json").write_text(json.dumps({"a device": {"one": {"no such field": 1}}}))
+    other = {"one": {"no such field": 1}, "two": {"columns": 64}, "three": 3}  # of other versions
+    (folder / "tilings.json").write_text(json.dumps({"a device": other}))
     tiling._tuned.cache_clear()
     assert tiling.tuned(device) == {}
+    tiling.remember(device, "two", chosen)
+    tiling._tuned.cache_clear()
+    assert tiling.tuned(device) == {"two": chosen}
+
+
+def test_each_pass_keeps_its_own_fastest_of_what_was_tried():
+    start = Tiling(128, 1, 4, 4, 8, 16, roomy=True), Tiling(64, 1, 4, 4, 4, 16)
+    pairs = _candidates(start, 2048, 2048, False)
+    assert pairs[0] == start and len(set(pairs)) == len(pairs) > 15
+    assert all([t.stages for t in pair] == [4, 4] and pair[0].narrow <= pair[0].columns for pair in pairs)
+    assert sum([t.roomy for t in pair] == [True, False] for pair in pairs) == len(pairs) - 1
+    seconds = dict.fromkeys(pairs, (2.0, 2.0)) | {pairs[3]: (1.0, 3.0), pairs[5]: (3.0, 1.0)}
+    assert _fastest(seconds) == (pairs[3][0], pairs[5][1])
 
 
 def test_tuning_needs_a_device_that_runs_kernels():
@@ -152,6 +167,6 @@ def test_the_plan_uses_what_tuning_found(folder):
     tiling._tuned.cache_clear()
     plan.make_plan.cache_clear()
     found = ps.explain(ps.cells.gru, x).plan
-    assert {found.tiling, found.backward} <= ranked.keys()
+    assert found.tiling in {forward for forward, _ in ranked} and found.backward in {back for _, back in ranked}
     layer = ps.ParaGRU(256, 256, num_heads=2, device="cuda")
     assert ps.tune(*layer.prepared(torch.randn(1, 512, 256, device="cuda")), repeats=1)

@@ -1,9 +1,11 @@
 """The operator inside PyTorch's own machinery: opcheck, torch.compile, autocast, checkpointing, gradient modes."""
 
+import contextlib
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import parashoot as ps
 from oracle import ONE_OF_EACH, by_loop, gradients, leaves, loop, random_problem, random_resets, relative
@@ -157,6 +159,44 @@ def test_without_gradients(structure, mode):
     dy = torch.ones(2, 33, 8).double()
     after, by_the_loop = gradients(run, x, params, h0, dy, None), gradients(by_loop(fresh), x, params, h0, dy, None)
     assert all(relative(g, w) <= 1e-9 for g, w in zip(after, by_the_loop, strict=True))
+
+
+@contextlib.contextmanager
+def low_precision_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def sigmoids_are_kept():
+    """As selective checkpointing does it: what runs under it once has to run again, in that order."""
+    keep = [torch.ops.aten.sigmoid.default, torch.ops.aten.relu.default]
+    before, _ = create_selective_checkpoint_contexts(keep)
+    with before:
+        yield
+    assert not any(before.storage[op] for op in keep)  # of a trace
+
+
+@pytest.mark.parametrize(
+    "around",
+    [low_precision_by_default, lambda: torch.device("meta"), sigmoids_are_kept],
+    ids=["dtype", "device", "kept"],
+)
+def test_what_the_caller_has_set_does_not_reach_a_trace(around):
+    @ps.cell
+    def fresh(h: ps.State, x: ps.Input):
+        return torch.relu(0.5 * h + x) + torch.sigmoid(x)
+
+    x = torch.randn(1, 40, 1, 3, device="cpu")
+    with around():
+        found = ps.explain(fresh, x)
+    assert found.plan.backend == "torch"
+    torch.testing.assert_close(
+        ps.scan(fresh, x)[0].double(), loop(fresh, x.double(), [], torch.zeros(1, 1, 3).double())[:, :, 0]
+    )
 
 
 def test_functional_transforms_of_a_scan_are_refused():

@@ -124,7 +124,7 @@ def make_plan(
     instructions: tuple[int, int], foreign: tuple[str, ...], digest: str, turns: bool, memory: float,
 ) -> Plan:  # fmt: skip
     """The plan for x of `x_shape` (B, T, G, C); `ops`: operations of a step and of its Jacobian; `foreign` those operations that have
-    no kernel expression; `digest` the cell's; `turns` as in `Trace`; `instructions` and `memory` as `step_facts` says."""
+    no kernel expression; `digest` the cell's; `instructions` of the step and its adjoint; `turns` and `memory` as in `Trace`."""
     batch, time, _, channels = x_shape
     obstacle = no_kernel(cell, dtype, device, solver, foreign)
     if obstacle is None:
@@ -173,20 +173,8 @@ def make_plan(
         reasons.append(f"what {patience} sweeps have not made exact runs in order")
     autograd = chunks == 1 and _by_autograd(cell, x_shape, device, ops[0])
     return Plan(
-        "torch",
-        length,
-        chunks,
-        jacobian,
-        tol,
-        solver.max_iters,
-        window,
-        lazy,
-        patience,
-        autograd,
-        None,
-        None,
-        tuple(reasons),
-    )
+        "torch", length, chunks, jacobian, tol, solver.max_iters, window, lazy, patience, autograd, None, None, tuple(reasons)
+    )  # fmt: skip
 
 
 SHORTEST_KERNEL_CHUNK = 16
@@ -275,7 +263,9 @@ def _kernel_plan(
     else:
         back, reasons = tiling, _ = choose_heads(*problem, cell.width, processors(device), asked, turns)
     measured = tuned(device).get(str((digest, str(dtype), *x_shape))) if asked is None else None
-    if measured is not None and measured[0].unroll == tiling.unroll:  # saved states stand at multiples of it
+    if measured is not None and all(
+        t.unroll == tiling.unroll for t in measured
+    ):  # saved states stand at multiples of it
         tiling, back = measured
         reasons = (f"{tiling.chunks} chunks: the fastest that ps.tune measured on this device",)
     length, chunks = tiling.cut(time)
@@ -373,24 +363,17 @@ class Explanation:
 def plan_for(cell: Cell, x: Tensor, params: list[Tensor], solver: Solver) -> tuple[Plan, Trace]:
     """The plan and the trace for these tensors; traces the step if it is new."""
     found = trace_for(cell, x, params)
-    ops, (instructions, memory) = (found.step_ops, found.jacobian_ops), step_facts(cell, found)
-    facts = (instructions, found.foreign, found.digest, found.turns, memory)
+    ops = found.step_ops, found.jacobian_ops
+    facts = instructions_of(cell, found), found.foreign, found.digest, found.turns, found.memory
     return make_plan(cell, sizes(x), x.dtype, x.device, solver, ops, *facts), found
 
 
 @functools.lru_cache(maxsize=4096)
-def step_facts(cell: Cell, found: Trace) -> tuple[tuple[int, int], float]:
-    """What tilings depend on: machine instructions of the step and of its adjoint, roughly, and of what is in the state at rest, where all
-    is zero, how much one step leaves: the largest eigenvalue of the Jacobian, in size. Zeros for a step that has no kernel."""
-    if found.graph is None or found.adjoint is None or found.foreign:
-        return (0, 0), 0.0
-    instructions = found.graph.select(range(len(cell.states))).instructions(), found.adjoint.instructions()
-    if cell.width is not None:
-        return instructions, 0.0
-    moving = [torch.zeros(1, 1, device="cpu") for _ in (*cell.states, *cell.inputs)]
-    fixed = [torch.zeros(1, device="cpu") for _ in cell.params]
-    a = found.jacobian(moving[: len(cell.states)], moving[len(cell.states) :], fixed)[..., 0, 0]
-    return instructions, float(torch.linalg.eigvals(a).abs().max()) if bool(a.isfinite().all()) else 0.0
+def instructions_of(cell: Cell, found: Trace) -> tuple[int, int]:
+    """Machine instructions of a GPU that the step and its adjoint take, roughly; zeros where they have no kernel."""
+    if found.graph is None or found.adjoint is None:
+        return 0, 0
+    return found.graph.select(range(len(cell.states))).instructions(), found.adjoint.instructions()
 
 
 def trace_for(cell: Cell, x: Tensor, params: list[Tensor]) -> Trace:

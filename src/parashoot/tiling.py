@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -66,6 +67,7 @@ _LAUNCH = 6e-6  # of the second launch and of reading what the first recorded
 _LONG = (100, 200)  # instructions of the adjoint from which on, up to two states and with more, steps are long
 _SLOW = 48  # steps of a lead from which on more chunks cost more than they bring, up to two states
 _QUICK = 20  # steps of a lead up to which many states begin with a probe
+_CROWD = 320  # threads of a multiprocessor up to which each may take all registers
 _ELEMENTS = 512  # carries that a multiprocessor advances at once: enough loads in flight to keep the memory busy
 
 
@@ -106,7 +108,6 @@ def choose(
     # Long steps want more carries at once, four to a thread: while one waits for its operands another goes on. Adjoints want registers.
     deep = short and not light and spare and (many or not (backward or lead >= _SLOW))
     pairs = light or (short and not many and backward and spare)  # two to a thread
-    roomy = light if backward else short and not light and not many
     full = processors * _ELEMENTS
     wide = (pairs or deep) and batch * channels * 8 >= full and channels >= WIDEST
     full *= 2 if deep or (not short and not light and not many) else 1
@@ -121,6 +122,8 @@ def choose(
         chunks, reasons = _chunks(batch * channels, "channels", time, unroll, full, burn)
     narrow = min(columns, 32 if many else 64)
     warps = 2 if wide and pairs else 1
+    threads = -(-channels // columns) * chunks * batch * 32 * warps
+    roomy = (light if backward else short and not light and not many) and threads <= _CROWD * processors
     return Tiling(columns, warps, unroll, stages, chunks, burn, 16, narrow, roomy), tuple(reasons)
 
 
@@ -188,11 +191,15 @@ def _store() -> Path:
 
 @functools.cache
 def _tuned(device: str) -> dict[str, Pair]:
+    pairs = {}
     try:
-        found = json.loads(_store().read_text()).get(device, {})
-        return {key: (Tiling(**pair["forward"]), Tiling(**pair["backward"])) for key, pair in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):  # none yet, or of another version
-        return {}
+        found = list(json.loads(_store().read_text()).get(device, {}).items())
+    except (OSError, ValueError, AttributeError):  # none yet, or not a file that this wrote
+        found = []
+    for key, pair in found:
+        with contextlib.suppress(TypeError, KeyError):  # of another version: measured again when asked
+            pairs[key] = Tiling(**pair["forward"]), Tiling(**pair["backward"])
+    return pairs
 
 
 def tuned(device: torch.device) -> dict[str, Pair]:

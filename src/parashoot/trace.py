@@ -51,6 +51,7 @@ class Trace:
       inputs and params. None for a dense step, and for a headwise one that has no such graph: `obstacle` names the operation.
     - `pairs`: how many outer products g v^T each parameter's cotangent is a sum of, given as g and v each; None for a vector.
     - `turns`: the step sums over its heads, as for lengths and projections, and turns its state without forgetting it.
+    - `memory`: channelwise, how much of a state at rest, with all at zero, a step leaves: the largest eigenvalue of A, in size; else 0.
     """
 
     digest: str
@@ -64,6 +65,7 @@ class Trace:
     pairs: tuple[int | None, ...] = ()
     obstacle: str | None = None
     turns: bool = False
+    memory: float = 0.0
 
     @functools.cached_property
     def foreign(self) -> tuple[str, ...]:
@@ -182,20 +184,16 @@ def _trace_channelwise(cell: Cell, dtype: torch.dtype, device: torch.device, fea
             graphs.append(from_fx(fx, names))
         except Exception as e:
             op, why = e.args if isinstance(e, UnknownOperation) else ("it fails", f"on states of shape {shape}: {e}")
-            line = (
-                next((v for k, v in lines.items() if k.split("::")[1] == op.split(".")[1:2][0]), "")
-                if "." in op
-                else ""
-            )
+            name = op.split(".")[1] if "." in op else None
+            line = next((v for k, v in lines.items() if k.split("::")[1] == name), "")
             line = line or line_of(cell, e) or f"{cell.step.__code__.co_filename}:{cell.step.__code__.co_firstlineno}"
             raise StructureError(
                 f"cell '{cell.name}' is not channelwise: {op}: {why} ({line}). Use elementwise operations only, or declare "
                 "@ps.cell(structure='headwise', width=n) or @ps.cell(structure='dense')."
             ) from None
     if str(graphs[0]) != str(graphs[1]):
-        bad_cell(
-            cell.name, "the step's operations depend on the shape of its arguments", "Pass sizes in as Python numbers."
-        )
+        problem = "the step's operations depend on the shape of its arguments"
+        bad_cell(cell.name, problem, "Pass sizes in as Python numbers.")
     whole = graphs[0]
     for given in (arguments, [6 * a - 3 for a in arguments]):  # of one sign, and of both
         try:
@@ -238,7 +236,10 @@ def _trace_channelwise(cell: Cell, dtype: torch.dtype, device: torch.device, fea
     text = f"{slots},{inputs},{params},{cell.output}\n{whole}"
     step_ops = len(whole.select(new).ops)
     adjoint = whole.select(range(slots, len(whole.outputs)))
-    return Trace(_digest(text), step_ops, len(jac_graph.ops), both, adjoint, jacobian, vjp, pull)
+    rest = [torch.zeros_like(v) for v in values]
+    a = jacobian(rest[:slots], rest[slots : slots + inputs], rest[slots + inputs :])[..., 0, 0].double()
+    memory = float(torch.linalg.eigvals(a).abs().max()) if bool(a.isfinite().all()) else 0.0
+    return Trace(_digest(text), step_ops, len(jac_graph.ops), both, adjoint, jacobian, vjp, pull, memory=memory)
 
 
 def _filled(v: Any, like: Tensor) -> Tensor:

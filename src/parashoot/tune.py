@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,23 +15,23 @@ from .errors import BackendError, bad_value
 from .op import as_seen
 from .plan import AUTO, compute_dtype, make_plan, no_kernel, plan_for, trace_for
 from .scan import check_arguments, scan
-from .tiling import MOST_ROWS, Tiling, remember, tuned
+from .tiling import MOST_ROWS, Pair, remember, tuned
 
 KERNELS = replace(AUTO, backend="triton")
 
 
 def tune(
     cell: Cell, x: Tensor, params: Tensor | Sequence[Tensor] | None = None, repeats: int = 20
-) -> dict[Tiling, float]:
-    """Seconds of forward and backward of `ps.scan(cell, x, params)` for each tiling tried, fastest first; the fastest of each is remembered.
+) -> dict[Pair, float]:
+    """Seconds of `ps.scan(cell, x, params)` with its backward pass for each pair of tilings tried, forward and backward, fastest first.
 
     - `x` (B, T, G, C), or with channels in heads, on a CUDA device: its shape, dtype and values decide, as a cell that forgets slowly needs
       other chunks. What a layer runs: `ps.tune(*layer.prepared(x))`.
     - `params` as in `ps.scan`; None: zeros.
     - `repeats`: timed runs of each tiling.
 
-    Later plans for the same cell, shape, dtype and device use it, in this process and others (`tilings.json` in the user's cache
-    folder). Raises `BackendError` where no kernel runs, and as `ps.scan` does.
+    The fastest forward and the fastest backward are remembered: later plans for the same cell, shape, dtype and device use them, in this
+    process and others (`tilings.json` in the user's cache folder). Raises `BackendError` where no kernel runs, and as `ps.scan` does.
     """
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         bad_value("repeats", repr(repeats), "an integer >= 1")
@@ -47,40 +48,50 @@ def tune(
         raise BackendError(f"tune: no kernel runs here: {obstacle}.")
     plan = plan_for(cell, x, seen, KERNELS)[0]
     assert plan.tiling is not None and plan.backward is not None
-    key = (found.digest, str(x.dtype), *shape)
-    before, seconds = tuned(x.device).get(str(key)), dict[Tiling, tuple[float, float]]()
+    key = str((found.digest, str(x.dtype), *shape))
+    before = tuned(x.device).get(key)
+    seconds: dict[Pair, tuple[float, float]] = {}
     try:
-        for candidate in _candidates(plan.tiling, plan.backward, shape[1], shape[3], cell.width is not None):
-            tuned(x.device)[str(key)] = candidate, candidate
+        for pair in _candidates((plan.tiling, plan.backward), shape[1], shape[3], cell.width is not None):
+            tuned(x.device)[key] = pair
             make_plan.cache_clear()
-            seconds[candidate] = _time(cell, x, given, repeats)
+            seconds[pair] = _time(cell, x, given, repeats)
     finally:
-        tuned(x.device).pop(str(key), None)
+        tuned(x.device).pop(key, None)
         if before is not None:  # kept if a run failed
-            tuned(x.device)[str(key)] = before
+            tuned(x.device)[key] = before
         make_plan.cache_clear()
-    best = [min(seconds, key=lambda tiling: seconds[tiling][way]) for way in (0, 1)]
-    remember(x.device, str(key), (best[0], best[1]))
-    return {tiling: sum(both) for tiling, both in sorted(seconds.items(), key=lambda pair: sum(pair[1]))}
+    remember(x.device, key, _fastest(seconds))
+    return {pair: sum(both) for pair, both in sorted(seconds.items(), key=lambda found: sum(found[1]))}
 
 
-def _candidates(start: Tiling, back: Tiling, time: int, channels: int, heads: bool) -> list[Tiling]:
-    tiles = {(t.columns, t.warps) for t in (start, back)}
+def _fastest(seconds: dict[Pair, tuple[float, float]]) -> Pair:
+    """The tiling that was fastest forward, and the one that was fastest backward."""
+    forward, backward = (min(seconds, key=lambda pair: seconds[pair][way])[way] for way in (0, 1))
+    return forward, backward
+
+
+def _candidates(start: Pair, time: int, channels: int, heads: bool) -> list[Pair]:
+    """Pairs with the same change to what a plan would take forward and backward."""
+    tiles, widest = {(t.columns, t.warps) for t in start}, max(t.columns for t in start)
     if not heads:
-        tiles |= {(w, n) for w, n in ((32, 1), (64, 1), (128, 1), (128, 2)) if w <= max(start.columns, channels)}
-    most = max(1, min(time // start.burn, MOST_ROWS if heads else time))
-    counts = {n for t in (start, back) for n in (t.chunks // 2, t.chunks, t.chunks * 2) if 1 <= n <= most}
-    cut = [start, back]
-    cut += [
-        replace(start, columns=w, warps=n, chunks=c, narrow=min(w, start.narrow))
-        for w, n in sorted(tiles)
-        for c in sorted(counts)
+        tiles |= {(w, n) for w, n in ((32, 1), (64, 1), (128, 1), (128, 2)) if w <= max(widest, channels)}
+    most = max(1, min(time // start[0].burn, MOST_ROWS if heads else time))
+    counts = {n for t in start for n in (t.chunks // 2, t.chunks, t.chunks * 2) if 1 <= n <= most}
+
+    def both(**changes: Any) -> Pair:
+        return replace(start[0], **changes), replace(start[1], **changes)
+
+    narrow = min(t.narrow for t in start)
+    pairs = [
+        start,
+        *(both(columns=w, warps=n, chunks=c, narrow=min(w, narrow)) for w, n in sorted(tiles) for c in sorted(counts)),
     ]
     if not heads:
-        cut += [replace(t, roomy=not t.roomy) for t in (start, back)]
-    if not heads and start.chunks > 1:  # heads cannot tell whether a lead was long enough
-        cut += [replace(start, burn=b) for b in (16, 32, 64)]
-    return list(dict.fromkeys(cut))
+        pairs.append((replace(start[0], roomy=not start[0].roomy), replace(start[1], roomy=not start[1].roomy)))
+    if not heads and max(t.chunks for t in start) > 1:  # heads cannot tell whether a lead was long enough
+        pairs += [both(burn=b) for b in (16, 32, 64)]
+    return list(dict.fromkeys(pairs))
 
 
 def _time(cell: Cell, x: Tensor, params: list[Tensor], repeats: int) -> tuple[float, float]:
@@ -90,7 +101,8 @@ def _time(cell: Cell, x: Tensor, params: list[Tensor], repeats: int) -> tuple[fl
 
     def once() -> tuple[float, float]:
         begun, turned, ended = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        torch.cuda._sleep(2_000_000)  # a millisecond, in which the host gets ahead
+        with torch.cuda.device(x.device):
+            torch.cuda._sleep(2_000_000)  # a millisecond, in which the host gets ahead
         begun.record(torch.cuda.current_stream(x.device))
         with torch.enable_grad():
             y, _ = scan(cell, leaves[0], tuple(leaves[1:]) or None, solver=KERNELS)

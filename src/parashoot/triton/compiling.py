@@ -14,18 +14,8 @@ from triton.runtime import cache
 
 Job = tuple[Any, tuple[int, ...], dict[str, Any]]  # a kernel, its grid, its arguments
 
-_CONSTANTS = {
-    "BD",
-    "NC",
-    "SPAN",
-    "FAST",
-    "MASKED",
-    "ALONE",
-    "WIDE",
-    "ROWS",
-    "WIDTH",
-    "maxnreg",
-}  # lengths compile nothing new
+# Lengths compile nothing new.
+_CONSTANTS = {"BD", "NC", "SPAN", "FAST", "MASKED", "ALONE", "WIDE", "ROWS", "WIDTH", "maxnreg"}
 # Before 3.12 garbage is collected inside Python's parser, which lets in another thread that parses, and fails (cpython gh-106905).
 THREADS = sys.version_info >= (3, 12)
 _compiled: set[tuple] = set()

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from ..cell import Cell, gradient_like, sizes
 from ..garbage import uncollected
-from ..tiling import HEAD_ROWS, Tiling, processors, stages_for, unroll_for
+from ..tiling import HEAD_ROWS, Tiling, stages_for, unroll_for
 from ..trace import Trace
 from .add_rows import add_rows
 from .compiling import Job, compile_together
 from .sweep import Source, backward, decode, forward, source_of
 
-# Registers that a thread may take of a roomy tiling, where no more threads than CROWD share a multiprocessor. Without a limit the assembler
-# keeps some free for more threads.
-REGISTERS, CROWD = 255, 320
+REGISTERS = 255  # of a thread of a roomy tiling, at most: a limit, and the assembler keeps none free for more threads
 FURTHEST = 512  # steps of a lead after which it is given up, if its first was long and chunks are short
 
 
@@ -189,12 +187,12 @@ def _jobs(
     common = given | place | {"starts_ptr": starts, "ends_ptr": ends, "facts_ptr": facts, "C": channels, "tol": tol}
     common |= {"records": records} | _modes(given, x)
     ragged = lambda width, end: place["LO"] > 0 or channels % width != 0 or end != length
-    threads = tiles * chunks * batch * 32 * tiling.warps
     shoot = {
         "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, min(16 * tiling.burn, FURTHEST)),
         "BD": columns, "ALONE": chunks == 1, "MASKED": ragged(columns, chunks * each), "num_warps": tiling.warps,
-        "maxnreg": REGISTERS if tiling.roomy and threads <= CROWD * processors(x.device) else None,
     }  # fmt: skip
+    if tiling.roomy:
+        shoot["maxnreg"] = REGISTERS
     jobs: list[Job] = [(kernels[0], (tiles * chunks * batch,), common | shoot)]
     report = facts
     if chunks > 1:

@@ -4,7 +4,8 @@ A sweep carries S numbers a channel through positions LO..L-1: the states or, ba
 into `chunks` of CL positions. Two launches:
 
 SHOOT, a program for each chunk and BD channels, does RUN. `lead`: run into the chunk's start over the `run` positions before it, from
-    zero, with the Jacobian m of that run: where the cell forgets, m says that the start is known; else run from further back.
+    zero, or over all that there are, from i, with the Jacobian m of that run: where the cell forgets, m says that the start is known;
+    else run from further back.
     `write`: run through the chunk from there, storing results. Starts, of chunks and of every `snap` positions, and ends are recorded.
 CORRECT, a program for each BD channels; its NC rows are chunks of its own. Reads all starts and ends; where they agree it ends.
     Else Newton: run through each row from its start, storing results, with the Jacobian m; compare its end v with the start t of

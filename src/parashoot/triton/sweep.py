@@ -141,9 +141,9 @@ def forward(s: Source) -> str:
     """The module with `forward_shoot` and `forward_correct`, as text."""
     carry = [f"v{i}" for i in range(s.slots)]
 
-    def loads(lead: bool, unroll: int) -> list[str]:
+    def loads(apart: bool, unroll: int) -> list[str]:
         boundary = "(q >= r_shift) & (q < L)"
-        return [line for u in range(unroll) for line in [*_position(u), *_load_inputs(s, u, lead, boundary)]]
+        return [line for u in range(unroll) for line in [*_position(u), *_load_inputs(s, u, apart, boundary)]]
 
     def steps(jacobian: bool, write: bool, unroll: int) -> list[str]:
         out = _snapshot(s) if write and not jacobian else []
@@ -187,14 +187,14 @@ def backward(s: Source) -> str:
     pull = s.adjoint.select(slots)
     carry = [f"v{i}" for i in slots]
 
-    def loads(lead: bool, unroll: int) -> list[str]:
+    def loads(apart: bool, unroll: int) -> list[str]:
         out = []
         for u in range(unroll):
-            out += [*_position(u), *_load_inputs(s, u, lead, "(q >= LO) & (q < L - r_shift)")]
+            out += [*_position(u), *_load_inputs(s, u, apart, "(q >= LO) & (q < L - r_shift)")]
             out.append("at = dy_ptr + b * dy_b + time * dy_t + col")
-            out += [f"g{u}_{n} = tl.load({_apart('at', 'dy_s', n)}, {_mask(lead)})" for n in range(len(s.outputs))]
+            out += [f"g{u}_{n} = tl.load({_apart('at', 'dy_s', n)}, {_mask(apart)})" for n in range(len(s.outputs))]
             if not recompute:  # the state before: y one position on, in the order of this sweep
-                there = "ok & (q < L - 1)" + " if MASKED else q < L - 1" * (not lead)
+                there = "ok & (q < L - 1)" if apart else "ok & (q < L - 1) if MASKED else q < L - 1"
                 out += [
                     "at = y_ptr + b * y_b + (time + DIR) * y_t + col",
                     f"h{u} = tl.load(at, mask={there}, other=0.0)",
@@ -202,7 +202,7 @@ def backward(s: Source) -> str:
         if recompute:
             group = f"(L - {s.unroll} - origin - t) // {s.unroll}"
             out.append(f"at = saved_ptr + ((b * groups + {group}) * {s.slots}) * C + col")
-            out += [f"saved{i} = tl.load(at + {i} * C, {_mask(lead)})" for i in slots]
+            out += [f"saved{i} = tl.load(at + {i} * C, {_mask(apart)})" for i in slots]
         return out
 
     def entering(unroll: int) -> list[str]:
@@ -420,9 +420,9 @@ def _apart(pointer: str, stride: str, n: int) -> str:
     return pointer + f" + {stride}" * n
 
 
-def _mask(always: bool) -> str:
-    """Positions beyond the ends are masked where there are any; in the leads of heads always, where the rows of a tile begin apart."""
-    return "mask=ok, other=0.0" if always else "mask=ok if MASKED else None"
+def _mask(apart: bool) -> str:
+    """Positions beyond the ends are masked where there are any; always where rows of a tile begin `apart`, as in the leads of heads."""
+    return "mask=ok, other=0.0" if apart else "mask=ok if MASKED else None"
 
 
 def _position(u: int) -> list[str]:
@@ -465,9 +465,9 @@ def _store_end(slots: int) -> list[str]:
     return [f"tl.store({at} + {i} * C, v{i}.to(end_ptr.dtype.element_ty), mask=final)" for i in range(slots)]
 
 
-def _load_inputs(s: Source, u: int, lead: bool, boundary: str) -> list[str]:
+def _load_inputs(s: Source, u: int, apart: bool, boundary: str) -> list[str]:
     out = ["at = x_head + time * x_t + col * x_c"]
-    out += [f"x{u}_{g} = tl.load({_apart('at', 'x_g', g)}, {_mask(lead)})" for g in range(s.inputs)]
+    out += [f"x{u}_{g} = tl.load({_apart('at', 'x_g', g)}, {_mask(apart)})" for g in range(s.inputs)]
     if s.reset:
         # r_shift is 1 for a reverse scan: it enters t from t + 1, across the boundary that reset[t + 1] marks
         out.append(f"cut{u} = tl.load(reset_ptr + b * r_b + (time + r_shift) * r_t, mask={boundary}, other=0)")
