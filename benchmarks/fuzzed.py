@@ -4,9 +4,9 @@ Byte time: x, y and the saved states once (backward: x, y, dy, dx and saved stat
 time: the emitted step (backward: the adjoint, and the step where states are computed again) compiled alone; its machine
 instructions, without the branches for huge arguments of sine and cosine, at one for each of a multiprocessor's 128 lanes and clock,
 and at 16 for the special function unit. Passes: of the slowest tile of channels and on average; those that jump or latch take the loop's
-time, whatever a step costs. A row for each cell and direction goes to the results file.
+time, whatever a step costs. A row for each cell and direction goes to the results file. With --tune, of the tilings that `ps.tune` finds.
 
-    python benchmarks/fuzzed.py [--out FILE] [--seeds 0:40,43] [--shape B T C]
+    python benchmarks/fuzzed.py [--out FILE] [--seeds 0:40,43] [--shape B T C] [--tune]
 """
 
 import argparse
@@ -117,11 +117,13 @@ def _results(graph) -> int:
     return max(1, len(dict.fromkeys(o for o in graph.outputs if isinstance(o, str))))
 
 
-def prepare(job: tuple[int, tuple[int, int, int]]) -> tuple[int, dict, str]:
+def prepare(job: tuple[int, tuple[int, int, int], bool]) -> tuple[int, dict, str]:
     """Fill the disk cache and compare with the loop, in a process of its own: (seed, agreement, what went wrong)."""
-    seed, shape = job
+    seed, shape, tunes = job
     try:
         cell, x, params = problem(seed, shape)
+        if tunes:
+            ps.tune(cell, x, tuple(params) or None, repeats=1)
         found = agreement(entry(cell, x, params), True)
         work(made_from(cell))
         return seed, found, ""
@@ -134,14 +136,25 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("fuzzed.jsonl"))
     parser.add_argument("--seeds", default="0:40", metavar="A:B,C", help="ranges and single ones")
     parser.add_argument("--shape", type=int, nargs=3, default=(8, 2048, 2048), metavar=("B", "T", "C"))
+    parser.add_argument(
+        "--tune", action="store_true", help="by the fastest tilings that ps.tune measures, kept for this run only"
+    )
     parser.add_argument("--commit")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.tune:  # where tilings are kept; what Triton compiles stays in its own cache
+            os.environ["XDG_CACHE_HOME"] = folder
+        return measure(options)
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Rows and a table of the cells asked for."""
     ranges = [[int(n) for n in part.split(":")] for part in options.seeds.split(",")]
     seeds, shape = [s for r in ranges for s in (range(*r) if len(r) > 1 else r)], tuple(options.shape)
     agreements = {}
     processes = min(16, os.cpu_count() or 1, len(seeds))  # which share the GPU's memory
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for seed, found, wrong in pool.imap_unordered(prepare, [(s, shape) for s in seeds]):
+        for seed, found, wrong in pool.imap_unordered(prepare, [(s, shape, options.tune) for s in seeds]):
             agreements |= {} if wrong else {seed: found}
             if wrong:
                 print(f"{seed:4d} failed: {wrong}", flush=True)
@@ -160,6 +173,9 @@ def main() -> int:
         for seed, found in sorted(agreements.items()):
             cell, x, params = problem(seed, shape)
             given, made = entry(cell, x, params), made_from(cell)
+            if options.tune:
+                ps.tune(cell, x, tuple(params) or None)
+                found = agreement(given, True)
             info = ps.scan(cell, x, tuple(params) or None, return_info=True)[2]
             passes = {"passes": info.iterations, "passes_mean": info.iterations_mean}
             _, _, timers = clocks(given, True)
@@ -176,7 +192,7 @@ def main() -> int:
                 worst = max(worst, ratio)
                 row = {
                     "seed": seed, "direction": direction, "us": us, "byte_us": bytes_us, "instruction_us": issue_us,
-                    "instructions": total, "special": special, "ratio": ratio, "shape": shape,
+                    "instructions": total, "special": special, "ratio": ratio, "shape": shape, "tuned": options.tune,
                     "slots": made.slots, "inputs": made.inputs, "params": made.params, **passes, **found, **facts,
                 }  # fmt: skip
                 file.write(json.dumps(row) + "\n")
