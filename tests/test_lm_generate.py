@@ -107,6 +107,16 @@ def test_generation_returns_a_cache_of_constant_size(model):
     assert sum(t.numel() for t in itertools.chain(*cache.blocks)) == 2 * 2 * 16 * (3 + 1)
 
 
+def test_hidden_states_while_generating_are_those_of_one_pass(model):
+    options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_hidden_states": True}
+    out = model.generate(tokens(2, 6), **options)
+    steps = [torch.cat(layer, 1) for layer in zip(*out.hidden_states, strict=True)]
+    whole = model(out.sequences[:, :-1], output_hidden_states=True).hidden_states
+    assert len(steps) == len(whole) == model.config.num_hidden_layers + 1
+    for got, want in zip(steps, whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+
+
 class ByteTokenizer:
     """What a streamer asks of a tokenizer."""
 

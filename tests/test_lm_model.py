@@ -45,6 +45,20 @@ def test_the_parallel_pass_equals_the_loop(changes):
         close(got[row], logits_by_loop(model, ids[row]))
 
 
+@pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {}], ids=["asked", "configured"])
+def test_hidden_states_are_what_enters_each_block_and_the_head(model, asked):
+    seen: list[torch.Tensor] = []
+    for module in (*model.model.layers, model.lm_head):
+        module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    assert model(tokens(2, 12)).hidden_states is None
+    seen.clear()
+    model.config.output_hidden_states = not asked
+    out = model(tokens(2, 12), **asked)
+    assert len(out.hidden_states) == len(seen) == model.config.num_hidden_layers + 1
+    assert all(torch.equal(got, want) for got, want in zip(out.hidden_states, seen, strict=True))
+    assert torch.equal(model.model(tokens(2, 12), **asked).hidden_states[-1], out.hidden_states[-1])
+
+
 @pytest.mark.parametrize("cuts", [(1, 2, 3, 20), (16,), tuple(range(1, 32))])
 @pytest.mark.parametrize("with_reset", [False, True])
 def test_pieces_equal_the_whole(model, cuts, with_reset):

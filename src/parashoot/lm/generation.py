@@ -34,6 +34,7 @@ class StatefulGeneration:
         cache: Cache | None = None,
         is_first_iteration: bool | None = None,
         next_sequence_length: int | None = None,
+        output_hidden_states: bool | None = None,
         **unused: Any,
     ) -> dict[str, Any]:
         """The arguments of the next forward pass: what the cache has not seen of the text, whose end `input_ids` or, at first,
@@ -42,6 +43,7 @@ class StatefulGeneration:
         """
         past = cache if past_key_values is None else past_key_values
         rest = {"past_key_values": past, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
+        rest |= {} if output_hidden_states is None else {"output_hidden_states": output_hidden_states}
         seen = 0 if past is None else past.length
         if attention_mask is not None:
             new = attention_mask.shape[1] - seen

@@ -96,6 +96,7 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         reset: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
         """Run over tokens in parallel over time; arguments as in `ParaRNNForCausalLM.forward`."""
@@ -107,14 +108,17 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
             reset = begins if reset is None else reset | begins
         use_cache = past_key_values is not None or (not self.training if use_cache is None else use_cache)
         checkpointed = self.gradient_checkpointing and self.training
-        after = []
+        states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        after, before = [], []
         for k, block in enumerate(self.layers):
+            before.append(x if states else None)
             call = self._checkpointed(block) if checkpointed else block
             x, new = call(x, past.blocks[k] if past.blocks else None, reset, use_cache)
             after.append(new)
         if use_cache:
             past.blocks, past.length = after, past.length + x.shape[1]
-        out = BaseModelOutputWithPast(self.norm(x), past if use_cache else None)  # type: ignore[arg-type]
+        x = self.norm(x)
+        out = BaseModelOutputWithPast(x, past if use_cache else None, (*before, x) if states else None)  # type: ignore[arg-type]
         return out.to_tuple() if return_dict is False else out
 
     def _checkpointed(self, block: nn.Module) -> Any:
@@ -187,6 +191,7 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
         """Run over tokens in parallel over time, from `past_key_values` on if there is one.
@@ -202,12 +207,14 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
         - `reset` (B, T) bool: a new document begins at t; nothing of earlier tokens reaches it.
         - `use_cache`: return the cache; by default where not training.
         - `logits_to_keep`: only the last so many logits, 0 for all, or the positions in a tensor.
+        - `output_hidden_states`: also what enters each block and, last, what the head reads, (B, T, d) each; by default as in the configuration.
 
         While training with labels the logits are never formed as a whole, and `logits` is None. Raises `ArgumentError` and
         `ArgumentTypeError`.
         """
-        given = (input_ids, attention_mask, past_key_values, inputs_embeds, reset, use_cache)
-        hidden, *after = self.model(*given, return_dict=False)
+        given = (input_ids, attention_mask, past_key_values, inputs_embeds, reset, use_cache, output_hidden_states)
+        base = self.model(*given, return_dict=True)
+        hidden = base.last_hidden_state
         loss = logits = z_part = None
         if labels is not None:
             if labels.dtype != torch.int64 or labels.shape != hidden.shape[:2]:
@@ -228,9 +235,8 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
                 else logits_to_keep
             )
             logits = self.lm_head(hidden[:, kept])
-        out = CausalLMOutput(
-            loss, logits, after[0] if after else None, z_loss=z_part if self.training and self.config.z_loss else None
-        )
+        z_part = z_part if self.training and self.config.z_loss else None
+        out = CausalLMOutput(loss, logits, base.past_key_values, base.hidden_states, z_loss=z_part)
         return out.to_tuple() if return_dict is False else out
 
     def _check_head(self) -> None:
@@ -250,6 +256,6 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
 
         The other arguments as in `forward`. Logits exist for a piece of the tokens at a time.
         """
-        given = (input_ids, None, past_key_values, None, reset, past_key_values is not None)
-        hidden, *_ = self.model(*given, return_dict=False)
+        given = (input_ids, None, past_key_values, None, reset, past_key_values is not None, False)
+        hidden = self.model(*given, return_dict=True).last_hidden_state
         return token_losses(hidden[:, -targets.shape[1] :], self.lm_head, targets)
