@@ -263,9 +263,8 @@ def _kernel_plan(
     else:
         back, reasons = tiling, _ = choose_heads(*problem, cell.width, processors(device), asked, turns)
     measured = tuned(device).get(str((digest, str(dtype), *x_shape))) if asked is None else None
-    if measured is not None and all(
-        t.unroll == tiling.unroll for t in measured
-    ):  # saved states stand at multiples of it
+    # Saved states stand at multiples of the unroll.
+    if measured is not None and all(t.unroll == tiling.unroll for t in measured):
         tiling, back = measured
         reasons = (f"{tiling.chunks} chunks: the fastest that ps.tune measured on this device",)
     length, chunks = tiling.cut(time)
