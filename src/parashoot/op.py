@@ -103,7 +103,7 @@ def scan_op(
     plan, found = plan_for(made, x, as_seen(made, params, compute_dtype(x.dtype)), solver)
     given = x.flatten(3) if plan.tiling is None else x
     y, h_n, saved, stats, facts = _forward(given, params, h0, reset, made, reverse, all_states, save, plan, found)
-    seen = summary(facts) if report and facts is not None else x.new_empty(3, dtype=torch.float32)
+    seen = summary(facts) if report and facts is not None else torch.zeros(3, device=x.device)
     return y, h_n, saved, torch.tensor(stats, dtype=torch.float64), seen
 
 
