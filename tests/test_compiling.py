@@ -10,6 +10,7 @@ from torch import Tensor
 
 import parashoot as ps
 from oracle import random_problem, random_resets
+from parashoot import plan
 from parashoot.tiling import Tiling
 
 pytest.importorskip("triton")
@@ -49,6 +50,22 @@ def test_what_is_compiled_ahead_is_what_backward_runs(name, all_states, reverse,
     y.backward(torch.randn_like(y))
     assert len(started) == 2 and len(expected) == 1
     assert signature(expected[0]) == signature(started[1])
+    limited = [job[2].get("maxnreg") for jobs in started for job in jobs[:1]]
+    assert limited == [255 if chunks > 1 and cell.width is None else None] * 2
+
+
+def test_each_pass_is_cut_as_the_plan_says(monkeypatch):
+    started, cut = [], {False: Tiling(8, 1, 4, 2, 3, 4), True: Tiling(16, 1, 4, 2, 5, 4)}
+    monkeypatch.setattr(runtime, "_start", lambda jobs, x, follow=None: started.extend([jobs, follow and follow()]))
+    monkeypatch.setattr(plan, "choose", lambda *given: (cut[given[8]], ("chosen by a test",)))
+    plan.make_plan.cache_clear()
+    x, params, _ = random_problem(ps.cells.gru, 2, 60, 16, dtype=torch.float32)
+    given = x.to(DEVICE).requires_grad_(), tuple(p.to(DEVICE) for p in params)
+    y, _ = ps.scan(ps.cells.gru, *given, solver=KERNEL)
+    y.backward(torch.randn_like(y))
+    assert [(jobs[0][2]["chunks"], jobs[0][2]["BD"]) for jobs in started[:3]] == [(3, 8), (5, 16), (5, 16)]
+    assert "; backward 5 chunks" in str(ps.explain(ps.cells.gru, *given, solver=KERNEL))
+    plan.make_plan.cache_clear()
 
 
 def test_the_gradient_of_a_sum_runs_what_is_compiled_ahead(monkeypatch):

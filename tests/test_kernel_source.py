@@ -65,7 +65,7 @@ def test_no_kernel_text_names_a_cell():
 
 
 # Registers a thread with the tiling that an H100 gets at 8 x 2048 x 2048. A multiprocessor has 65,536: 64 threads a program and
-# 128 registers leave room for 8 programs. Of four states 8 programs of one warp are as many as there are: they may take all registers.
+# 128 registers leave room for 8 programs. Backward there are 4 of one or two states; of four states 8 of one warp: they may take more.
 REGISTERS = {
     ("gru", "forward"): 96, ("gru", "backward"): 160, ("lstm", "forward"): 120, ("lstm", "backward"): 176,
     ("slstm", "forward"): 255, ("slstm", "backward"): 255,

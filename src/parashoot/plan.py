@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .cell import Cell, feature_shape, sizes
 from .errors import BackendError, bad_type, bad_value
-from .tiling import HEAD_ROWS, Tiling, choose, choose_heads, lead_for, processors, tuned
+from .tiling import HEAD_ROWS, Tiling, choose, choose_heads, lead_for, processors_of, tuned
 from .trace import Trace, trace, trace_of
 
 JACOBIANS = ("auto", "exact", "diagonal", "zero")
@@ -257,11 +257,11 @@ def _kernel_plan(
     tol = _tolerance(_KERNEL_TOLERANCE[dtype], jacobian, dtype) if tol is None else tol
     problem = (batch, time, channels, dtype.itemsize, slots)
     if cell.width is None:
-        given = (*problem, instructions, processors(device), asked)
+        given = (*problem, instructions, processors_of(device), asked)
         lead = lead_for(memory, tol / 8)  # what the lead itself asks for
         (tiling, reasons), (back, _) = (choose(*given, backward, lead) for backward in (False, True))
     else:
-        back, reasons = tiling, _ = choose_heads(*problem, cell.width, processors(device), asked, turns)
+        back, reasons = tiling, _ = choose_heads(*problem, cell.width, processors_of(device), asked, turns)
     measured = tuned(device).get(str((digest, str(dtype), *x_shape))) if asked is None else None
     # Saved states stand at multiples of the unroll.
     if measured is not None and all(t.unroll == tiling.unroll for t in measured):

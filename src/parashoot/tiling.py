@@ -19,7 +19,7 @@ class Tiling:
     """A program takes `columns` channels of one chunk with `warps` warps; `unroll` steps a loop trip, `stages` trips loaded ahead;
     time is cut into `chunks`, each led into by `burn` steps. A correction takes `rows` chunks of its own at once, longer or shorter
     ones, of `narrow` channels. Of heads, a program takes `columns` channels of 16 chunks; a correction takes them as they are. `roomy`:
-    threads may take all registers, which as a rule brings the arithmetic of their elements together, and now and then takes it apart."""
+    threads may take all registers; which is faster, `ps.tune` finds out."""
 
     columns: int
     warps: int
@@ -71,7 +71,7 @@ _CROWD = 320  # threads of a multiprocessor up to which each may take all regist
 _ELEMENTS = 512  # carries that a multiprocessor advances at once: enough loads in flight to keep the memory busy
 
 
-def processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
     """Multiprocessors of a GPU, 1 of anything else."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 

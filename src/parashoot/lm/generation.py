@@ -43,7 +43,8 @@ class StatefulGeneration:
         """
         past = cache if past_key_values is None else past_key_values
         rest = {"past_key_values": past, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
-        rest |= {} if output_hidden_states is None else {"output_hidden_states": output_hidden_states}
+        if output_hidden_states is not None:
+            rest["output_hidden_states"] = output_hidden_states
         seen = 0 if past is None else past.length
         if attention_mask is not None:
             new = attention_mask.shape[1] - seen

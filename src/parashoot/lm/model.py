@@ -111,7 +111,8 @@ class ParaRNNModel(ParaRNNPreTrainedModel):
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         after, before = [], []
         for k, block in enumerate(self.layers):
-            before.append(x if states else None)
+            if states:
+                before.append(x)
             call = self._checkpointed(block) if checkpointed else block
             x, new = call(x, past.blocks[k] if past.blocks else None, reset, use_cache)
             after.append(new)

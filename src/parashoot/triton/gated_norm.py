@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiling import processors
+from ..tiling import processors_of
 from .add_rows import add_rows
 from .functions import sigmoid
 
@@ -100,5 +100,5 @@ def _shared_out(rows: Tensor, threads: int) -> tuple[int, int, dict[str, Any]]:
     """Rows a program, programs, options, so that all programs run at once on a device whose multiprocessors hold so many threads."""
     block = 1 << (rows.shape[1] - 1).bit_length()
     warps = min(32, max(1, block // (32 * PER_THREAD)))
-    per = max(1, -(-len(rows) // (processors(rows.device) * max(1, threads // (32 * warps)))))
+    per = max(1, -(-len(rows) // (processors_of(rows.device) * max(1, threads // (32 * warps)))))
     return per, -(-len(rows) // per), {"FAST": rows.is_cuda, "BLOCK": block, "num_warps": warps}

@@ -19,8 +19,8 @@ from .add_rows import add_rows
 from .compiling import Job, compile_together
 from .sweep import Source, backward, decode, forward, source_of
 
-REGISTERS = 255  # of a thread of a roomy tiling, at most: a limit, and the assembler keeps none free for more threads
-FURTHEST = 512  # steps of a lead after which it is given up, if its first was long and chunks are short
+REGISTERS = 255  # of a thread of a roomy tiling, at most; without a limit the assembler often stays far below
+FURTHEST = 512  # steps of a lead after which it is given up where chunks are short, however long its first was
 
 
 @functools.lru_cache(maxsize=512)
