@@ -183,11 +183,12 @@ def show(row: dict[str, Any]) -> None:
 
 
 def table(path: Path) -> str:
-    """The newest row of each model and shape in a results file, as Markdown."""
+    """The newest row of each model, shape and kind of GPU in a results file, as Markdown."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    newest = {(r["model"], r["batch"], r["length"], r["processes"]): r for r in rows if "ms" in r}
-    lines = [["model", "batch x tokens", "GPUs", "ms a step", "tokens/s", "MFU", "GiB on each", "commit"]]
-    for (model, batch, length, size), r in sorted(newest.items(), key=lambda item: (item[0][2], item[1]["parameters"])):
+    newest = {(r["model"], r["batch"], r["length"], r["processes"], r["device"]): r for r in rows if "ms" in r}
+    lines = [["model", "batch x tokens", "device", "ms a step", "tokens/s", "MFU", "GiB on each", "commit"]]
+    order = lambda item: (item[1]["device"], item[0][2], item[1]["parameters"])
+    for (model, batch, length, size, device), r in sorted(newest.items(), key=order):
         figures = [
             f"{r['ms']:.0f}",
             f"{r['tokens_per_s']:,.0f}",
@@ -195,7 +196,8 @@ def table(path: Path) -> str:
             f"{r['memory_gib']:.1f}",
             r["commit"],
         ]
-        lines.append([model, f"{batch} x {length}", str(size), *figures])
+        where = f"{size} x {device}" if size > 1 else device
+        lines.append([model, f"{batch} x {length}", where, *figures])
     return markdown(lines)
 
 

@@ -210,3 +210,21 @@ def test_names_that_are_no_modules_are_one_line(capsys, tmp_path):
     (tmp_path / "rows.jsonl").write_text("[1]\n")
     assert "line 1" in fails(capsys, "bench", "--render", str(tmp_path / "rows.jsonl"))
     assert "--samples" in fails(capsys, "tasks", "show", "parity", "--samples", "0")
+
+
+def test_a_terminal_without_a_character_still_gets_the_rest(recipe):
+    """Bytes that are no UTF-8 are shown as U+FFFD, which Latin-1 has not."""
+    options = {"env": {**os.environ, "PYTHONPATH": str(SRC), "PYTHONIOENCODING": "latin-1"}, "capture_output": True}
+    assert main(["train", recipe, "--out", "runs/sp ace"]) == 0
+    command = ["generate", "--checkpoint", "runs/sp ace", "--prompt", "\u4e16", "--tokens", "9"]
+    done = subprocess.run([sys.executable, "-m", "parashoot", *command], check=False, **options)
+    assert (done.returncode, done.stderr.decode("latin-1")) == (0, "")
+    assert done.stdout.startswith(b"\\u4e16")
+
+
+def test_commands_to_copy_are_quoted(recipe, capsys):
+    assert main(["train", recipe, "--out", "runs/sp ace"]) == 0
+    assert "--checkpoint 'runs/sp ace' --prompt 'The state" in capsys.readouterr().out
+    assert "--resume 'runs/sp ace'" in fails(capsys, "train", recipe, "--out", "runs/sp ace")
+    again = ["generate", "--checkpoint", "runs/sp ace", "--seed", str(2**70)]
+    assert "seed: got 1180591620717411303424; expected an integer from 0" in fails(capsys, *again)

@@ -370,3 +370,43 @@ def test_lines_may_be_blank_and_begin_with_a_mark(tmp_path, capsys):
     assert written(tmp_path / "out", "train") in (b"onetwo", b"twoone")
     lines.write_bytes(b'{"text": "\xff"}\n')
     assert "line 1, which is not JSON" in fails(capsys, "data", str(tmp_path / "new"), "--jsonl", str(lines))
+
+
+def test_a_long_file_is_cut_where_words_begin(tmp_path, monkeypatch):
+    """So that its tokens are those of the whole."""
+    pytest.importorskip("tokenizers")
+    monkeypatch.setattr(sources, "PIECE", 64)
+    text = "".join(f"{k} words and  {k * k} more\n" for k in range(99)) + "x" * 200 + " y"
+    file, trained = tmp_path / "a.txt", Subwords.train(iter([text.encode()]), 400)
+    file.write_text(text)
+    prepare(tmp_path / "out", text_files([file], 0.0, 0.0), trained)
+    (whole,) = trained.encode([text.encode()])
+    found = open_data(tmp_path / "out").split("train")
+    ids = found.read(0, len(found)).tolist()[1:]
+    assert trained.tokenizer.decode(ids) == text
+    assert ids[: len(whole) - 120] == whole[: len(whole) - 120]  # what has no spaces is cut anywhere
+
+
+def test_a_file_that_becomes_shorter_is_said_so(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("abc " * 100)
+    pieces = text_files([file], 0.0, 0.0)
+    file.write_text("abc")
+    with pytest.raises(ArgumentError, match="became shorter"):
+        list(pieces())
+
+
+def test_links_and_the_current_directory_are_where_they_lead(tmp_path, monkeypatch):
+    file, there, here = tmp_path / "a.txt", tmp_path / "there", tmp_path / "here"
+    file.write_text("abc " * 100)
+    for directory in (there, here):
+        directory.mkdir()
+    (tmp_path / "link").symlink_to(there)
+    (tmp_path / "dangling").symlink_to(tmp_path / "new")
+    monkeypatch.chdir(here)
+    for out in (tmp_path / "link", tmp_path / "dangling", "."):
+        assert main(["data", str(out), "--text", str(file)]) == 0
+    for directory in (there, tmp_path / "new", here):
+        assert len(open_data(directory).split("train"))
+    assert here.samefile(".")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "there", "here", "link", "new", "dangling"}

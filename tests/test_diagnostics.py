@@ -76,3 +76,33 @@ def test_explain_says_what_will_run():
 def test_verify_refuses_other_things():
     with pytest.raises(ps.ArgumentTypeError, match="cell_or_layer"):
         ps.verify(torch.nn.GRU(3, 3), torch.randn(1, 3, 3))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_what_is_compared_with_the_loop_is_not_the_loop(name: str):
+    cell = CELLS[name]
+    x = torch.randn(2, 64, len(cell.inputs), 8)
+    assert ps.verify(cell, x).chunk_length < 64
+    assert ps.verify(ps.RNN(cell, 8, 8), torch.randn(2, 64, 8)).chunk_length < 64
+    assert ps.verify(cell, x, solver=ps.Sequential()).chunk_length == 64
+
+
+def test_gradients_that_are_no_numbers_fail():
+    """The square of the parameter underflows in float32, and the root has no derivative at zero."""
+
+    @ps.cell
+    def rooted(h: ps.State, x: ps.Input, p: ps.Param):
+        return torch.tanh(0.5 * h + x + torch.sqrt(p * p))
+
+    report = ps.verify(rooted, torch.randn(2, 300, 1, 4), torch.full((1, 4), 1e-25))
+    assert math.isnan(report.gradient_error)
+    assert not report.passed
+
+
+def test_parameters_are_drawn_as_the_cell_computes():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert ps.verify(ps.cells.gru, torch.randn(1, 40, 3, 4, dtype=torch.float32)).passed
+    finally:
+        torch.set_default_dtype(before)

@@ -1,5 +1,7 @@
 """Layers where their arguments meet: lengths with steps that zeros do not suit, narrow dtypes, masks and states of the wrong kind."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -67,3 +69,41 @@ def test_what_is_wrong_is_said_before_anything_runs():
         layer.step(x[:, 0], torch.zeros(1, 2, 1, 8, dtype=torch.int64))
     with pytest.raises(ArgumentTypeError, match="x_t: got list"):
         layer.step([1.0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weight_gradient_of_heads_lies_as_the_weight_does(compiled):
+    """Else accumulating it takes one more copy."""
+    layer = ps.RNN(ps.cells.gru, 8, 8, num_heads=2)
+    strides = []
+    weight: Any = layer.weight_ih_l0
+    weight.register_hook(lambda grad: strides.append(grad.stride()))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = (torch.compile(layer) if compiled else layer)(torch.randn(2, 5, 8))
+    y.float().sum().backward()
+    assert strides == [weight.stride()]
+
+
+@ps.cell
+def turned(a: ps.State, b: ps.State, x: ps.Input, w: ps.Param):
+    u, v = a + w * x * b, b - w * x * a
+    n = torch.sqrt(u * u + v * v)  # a point of the circle, never zero if it was none
+    return u / n, v / n
+
+
+@pytest.mark.parametrize("solver", [None, ps.MultipleShooting(8)], ids=["auto", "8"])
+def test_padding_after_given_states_is_not_made_from_zero(solver):
+    """Where the step has no derivative, though no sequence was ever there."""
+    torch.manual_seed(0)
+    layer = ps.RNN(turned, 3, 2, solver=solver, dtype=torch.float64)
+    x, h_0 = torch.randn(2, 40, 3, dtype=torch.float64), torch.ones(1, 2, 2, 2, dtype=torch.float64)
+    lengths = torch.tensor([40, 12])
+    weights = list(layer.parameters())
+    got = torch.autograd.grad(layer(x, h_0, lengths=lengths)[0].sum(), weights)
+    alone = [layer(x[b : b + 1, :n], h_0[:, b : b + 1])[0].sum() for b, n in enumerate(lengths.tolist())]
+    torch.testing.assert_close(got, torch.autograd.grad(torch.stack(alone).sum(), weights), rtol=1e-9, atol=1e-9)
+
+
+def test_shapes_without_storage():
+    y, h_n = ps.ParaGRU(6, 8, 2, device="meta")(torch.empty(2, 256, 6, device="meta"))
+    assert (y.shape, h_n.shape, y.device.type) == ((2, 256, 8), (2, 2, 1, 8), "meta")

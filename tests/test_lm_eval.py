@@ -190,3 +190,17 @@ def test_misuse_is_explained(saved, tmp_path):
         kind()(str(saved), window=0)
     with pytest.raises(ArgumentError, match="directory of a run"):
         kind()(str(tmp_path / "none"))
+
+
+def test_generation_without_a_word_on_sampling_is_greedy(saved):
+    """As of coqa and drop."""
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+
+    model = kind()(pretrained=str(saved))
+    made = [
+        model.generate_until(
+            [Instance("generate_until", {}, ("a cat ", {"until": ["\n"], "max_gen_toks": 5, **more}), 0)]
+        )
+        for more in ({}, {"do_sample": False})
+    ]
+    assert made[0] == made[1]

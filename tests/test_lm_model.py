@@ -535,3 +535,13 @@ def test_checkpointing_of_either_kind_keeps_gradients_through_a_past(model):
     for grads in found[1:]:
         for one, other in zip(grads, found[0], strict=True):
             close(one, other)
+
+
+def test_what_wrappers_of_models_ask_for(model):
+    """PEFT passes output_attentions; Trainer.evaluate adds a list to the keys that are no results."""
+    ids = tokens(1, 5)
+    assert torch.equal(model(ids, output_attentions=False).logits, model(ids).logits)
+    with pytest.raises(ArgumentError, match="output_attentions: got True; expected None or False"):
+        model(ids, output_attentions=True)
+    kept = set(model(ids, labels=ids)) - set(model.config.keys_to_ignore_at_inference + ["loss"])  # noqa: RUF005
+    assert kept == {"logits"}

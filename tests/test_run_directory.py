@@ -1,7 +1,9 @@
 """The directory of a run: nothing in it that a run did not make is lost, and one process at a time trains there."""
 
 import os
+import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
-from parashoot.errors import ArgumentError
+from parashoot.errors import ArgumentError, MissingPackageError
+from parashoot.lm.export import tokenizer_file
 from parashoot.lm.prepare import prepare
 from parashoot.lm.sources import by_content
 from parashoot.lm.tokenizer import Subwords
@@ -90,3 +93,31 @@ def test_a_process_forked_meanwhile_does_not_keep_the_directory(tmp_path):
         assert mine
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+def test_a_run_is_not_lost_to_a_missing_package(words, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(config(words), run, ALONE)
+    before = contents(run)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(MissingPackageError, match="TensorBoard"):
+        train(config(words, tensorboard=True), run, ALONE, overwrite=True)
+    assert contents(run) == before
+
+
+def test_a_checkpoint_knows_its_tokenizer_wherever_it_is(words, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(config(words), run, ALONE)
+    mine = (run / "tokenizer.json").read_bytes()
+    copied, link = tmp_path / "copied", tmp_path / "link"
+    shutil.copytree(run / "step-000002", copied)
+    link.symlink_to(run / "step-000002")
+    monkeypatch.chdir(run / "step-000002")
+    for place in (run, run / "step-000002", copied, link, "."):
+        found = tokenizer_file(place)
+        assert found is not None
+        assert found.read_bytes() == mine
+    for step in run.glob("step-*"):  # as checkpoints were before they had one of their own
+        (step / "tokenizer.json").unlink()
+    assert tokenizer_file(".") == tokenizer_file(link) == run / "tokenizer.json"
+    assert tokenizer_file(copied) is not None

@@ -54,3 +54,40 @@ def test_chaotic_cell_ends_exactly_in_at_most_n_sweeps(dtype: torch.dtype):
         y, _, info = ps.scan(logistic, x, a, h0, solver=ps.MultipleShooting(chunk), return_info=True)
         assert torch.equal(y, want)
         assert info.iterations <= -(-256 // chunk)
+
+
+@ps.cell(structure="headwise", width=4)
+def normed(h: ps.State, x: ps.Input, p: ps.Param):
+    u = torch.tanh(p * h + x)
+    return u / (1 + u.square().sum(2, keepdim=True))
+
+
+@ps.cell(structure="headwise", width=4)
+def mixed(h: ps.State, x: ps.Input, R: ps.Param):
+    return torch.tanh(torch.einsum("hij,bhj->bhi", R, h) + x)
+
+
+@ps.cell(structure="dense")
+def added(h: ps.State, x: ps.Input, W: ps.Param):
+    return torch.tanh(torch.addmm(x, h, W.t()))
+
+
+@ps.cell(structure="dense")
+def chosen(h: ps.State, x: ps.Input, W: ps.Param):
+    return torch.softmax(h @ W.mT + x, dim=1)
+
+
+@pytest.mark.parametrize("solver", [None, ps.MultipleShooting(16)], ids=["auto", "16"])
+@pytest.mark.parametrize("cell", [normed, mixed, added, chosen], ids=lambda cell: cell.name)
+def test_steps_may_count_their_axes_from_the_front(cell, solver):
+    """As they do when they run on (B, H, n) or (B, C), whatever the chunks."""
+    x, params, h0 = random_problem(cell, 2, 400, 8, sigma=0.5)
+    reset = random_resets(2, 400, share=0.01)
+    run = lambda x, params, h0: ps.scan(cell, x, params, h0, reset=reset, solver=solver)
+    want, _ = by_loop(cell, reset)(x, params, h0)
+    y, _ = run(x, params, h0)
+    assert relative(y, want) < 1e-10
+    dy = torch.randn_like(y)
+    oracle = gradients(by_loop(cell, reset), x, params, h0, dy, None)
+    for got, grad in zip(gradients(run, x, params, h0, dy, None), oracle, strict=True):
+        assert relative(got, grad) < 1e-9

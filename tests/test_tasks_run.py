@@ -22,6 +22,7 @@ from parashoot.tasks.report import picked, tables
 from parashoot.tasks.run import evaluate, read, run, train
 from parashoot.tasks.step import TOGETHER, Batches, Update
 from parashoot.tasks.suite import SUITES, Trial, find_suite, trials
+from parashoot.tasks.task import IGNORED
 
 DOCS = Path(__file__).parents[1] / "docs"
 CPU = torch.device("cpu")
@@ -417,3 +418,14 @@ def test_titles_of_trials_with_other_fields_differ():
     newer = {**row, "trial": {**row["trial"], "new": 1}}
     for rows in ([row, newer], [newer, row]):
         assert {r["title"] for r in picked(rows)} == {"parity, 6, by token, new null", "parity, 6, by token, new 1"}
+
+
+def test_a_batch_in_which_nothing_is_asked_teaches_nothing():
+    trial = Trial("parity", "cell:gru", **TINY)
+    model = build_model("cell:gru", 2, hidden_size=8, num_layers=1, num_heads=1, recurrent_clip=None, solver="parallel")
+    update, x = Update(model, trial, torch.device("cpu")), torch.zeros(4, 8, dtype=torch.int64)
+    loss, last = update(x, torch.full_like(x, IGNORED), 1e-2)
+    assert (float(loss), float(last)) == (0.0, 0.0)
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    loss, _ = update(x, torch.where(torch.arange(8) == 7, 0, IGNORED).expand(4, 8), 1e-2)
+    assert float(loss) > 0

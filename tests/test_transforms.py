@@ -14,16 +14,17 @@ from parashoot.op import encode
 every_structure = pytest.mark.parametrize("structure", ONE_OF_EACH)
 
 
+@pytest.mark.parametrize("report", [True, False])
 @every_structure
 @pytest.mark.parametrize(
     "options", [(None, False, False), (random_resets(2, 12), True, True)], ids=["plain", "reset, reverse, states"]
 )
-def test_opcheck(structure, options):
+def test_opcheck(structure, options, report):
     cell = ONE_OF_EACH[structure]
     x, params, h0 = random_problem(cell, 2, 12, 8, dtype=torch.float32)
     x, h0, *params = leaves(x, h0, *params)
     reset, reverse, all_states = options
-    arguments = (x, params, h0, reset, cell.key, reverse, all_states, True, True, *encode(ps.MultipleShooting(5)))
+    arguments = (x, params, h0, reset, cell.key, reverse, all_states, True, report, *encode(ps.MultipleShooting(5)))
     torch.library.opcheck(torch.ops.parashoot.scan.default, arguments)
 
 
@@ -198,6 +199,11 @@ def test_what_the_caller_has_set_does_not_reach_a_trace(around):
             assert ps.explain(cell, x).plan.backend == "torch"
         want = loop(cell, x.double(), [], torch.zeros(1, 1, 3).double())[:, :, 0]
         torch.testing.assert_close(ps.scan(cell, x)[0].double(), want)
+
+
+def test_recording_by_torchscript_is_refused():
+    with pytest.raises(ps.BackendError, match=r"Use torch\.export"):
+        torch.jit.trace(ps.ParaGRU(6, 8), (torch.randn(2, 256, 6),))
 
 
 def test_functional_transforms_of_a_scan_are_refused():

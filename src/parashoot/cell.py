@@ -244,40 +244,31 @@ def _fingerprint(fn: types.FunctionType, name: str, seen: set) -> tuple:
 
 
 @functools.lru_cache(maxsize=1024)
-def _code_facts(code: types.CodeType) -> tuple[list[str], list[str], tuple]:
-    return _global_reads(code), _imports(code), (code.co_code, _constants(code), code.co_names)
-
-
-def _constants(code: types.CodeType) -> tuple:
-    return tuple(
-        (c.co_code, c.co_names, _constants(c)) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts
-    )
+def _codes(code: types.CodeType) -> tuple[types.CodeType, ...]:
+    """A function's code and that of all functions written inside it."""
+    inner = (_codes(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return (code, *itertools.chain.from_iterable(inner))
 
 
 @functools.lru_cache(maxsize=1024)
 def _names(code: types.CodeType) -> tuple[str, ...]:
     """The names of attributes and globals in a function and in those that are written inside it."""
-    inner = (_names(c) for c in code.co_consts if isinstance(c, types.CodeType))
-    return tuple(dict.fromkeys((*code.co_names, *itertools.chain.from_iterable(inner))))
+    return tuple(dict.fromkeys(name for c in _codes(code) for name in c.co_names))
 
 
-def _global_reads(code: types.CodeType) -> list[str]:
-    reads = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            reads.update(_global_reads(const))
-    return sorted(reads)
-
-
-def _imports(code: types.CodeType) -> list[str]:
-    """The modules that a function imports, relative ones with their dots."""
-    found, level = [], 0
-    for i in dis.get_instructions(code):
-        if i.opname == "IMPORT_NAME":
-            found.append("." * level + i.argval)
-        elif i.opname.startswith("LOAD_CONST") or i.opname.startswith("LOAD_SMALL_INT"):
+@functools.lru_cache(maxsize=1024)
+def _code_facts(code: types.CodeType) -> tuple[list[str], list[str], tuple]:
+    """The globals that a function reads, the modules that it imports, relative ones with their dots, and what it does with them."""
+    reads, imports, level = set(), [], 0
+    for i in itertools.chain.from_iterable(map(dis.get_instructions, _codes(code))):
+        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            reads.add(i.argval)
+        elif i.opname == "IMPORT_NAME":
+            imports.append("." * level + i.argval)
+        elif i.opname.startswith(("LOAD_CONST", "LOAD_SMALL_INT")):
             level = i.argval if isinstance(i.argval, int) else level
-    return [*found, *(m for c in code.co_consts if isinstance(c, types.CodeType) for m in _imports(c))]
+    constants = lambda c: tuple("code" if isinstance(v, types.CodeType) else repr(v) for v in c.co_consts)
+    return sorted(reads), imports, tuple((c.co_code, c.co_names, constants(c)) for c in _codes(code))
 
 
 def _imported(module: str, fn: types.FunctionType, name: str) -> types.ModuleType:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 PROMPT = "The state of the Union is"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -18,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
     except SystemExit as e:
         return int(e.code or 0)
+    for stream in (sys.stdout, sys.stderr):  # a sample or a path may hold what a terminal has no character for
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors="backslashreplace")
     if os.getcwd() not in sys.path:  # so that module:attribute finds a cell in the current directory
         sys.path.append(os.getcwd())
     from . import errors
@@ -47,128 +52,86 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    data = commands.add_parser("data", help="turn text into token shards to train on", description=_data.__doc__)
-    data.add_argument("out", metavar="OUT", help="a new directory for the shards")
-    data.add_argument("name", nargs="?", choices=["enwik8"], help="a corpus by name")
-    data.add_argument("--text", nargs="+", metavar="FILE", help="files of text, each a document; splits by position")
-    data.add_argument("--jsonl", nargs="+", metavar="FILE", help="files with a JSON object a line; splits by content")
-    data.add_argument("--hf", metavar="NAME", help="a Hugging Face data set; splits by content")
-    data.add_argument(
-        "--check", action="store_true", help="compare the shards in OUT with their SHA-256, and write nothing"
-    )
-    data.add_argument(
-        "--field", default="text", help="where a document's text is, for --jsonl and --hf (default: text)"
-    )
-    data.add_argument("--subset", metavar="NAME", help="the configuration of --hf")
-    data.add_argument("--split", default="train", metavar="NAME", help="the split of --hf to read (default: train)")
-    data.add_argument("--streaming", action="store_true", help="read --hf as it is downloaded, keeping no copy")
-    data.add_argument(
-        "--validation", type=float, default=0.05, metavar="X", help="share to validate on (default: 0.05)"
-    )
-    data.add_argument("--test", type=float, default=0.0, metavar="X", help="share to test on (default: 0)")
-    data.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json (default: tokens are bytes)")
-    data.add_argument("--train-bpe", type=int, metavar="VOCAB", help="train a byte-pair encoding of that many tokens")
-    data.add_argument("--eot", metavar="TOKEN", help="the --tokenizer's token that begins documents (<|endoftext|>)")
-    data.set_defaults(run=_data)
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> Callable[..., Any]:
+        """A further command; what adds arguments to it."""
+        made = commands.add_parser(name, help=about, description=run.__doc__)
+        made.set_defaults(run=run)
+        return made.add_argument
 
-    train = commands.add_parser("train", help="train a language model", description=_train.__doc__)
-    train.add_argument("name", metavar="CONFIG", help="'demo', or a JSON file of TrainConfig fields")
-    train.add_argument("--resume", metavar="DIR", help="continue the run in this directory")
-    train.add_argument("--out", metavar="DIR", help="directory of the run (default: runs/NAME)")
-    train.add_argument("--overwrite", action="store_true", help="replace a run that is there")
-    train.add_argument("--steps", type=int, metavar="N", help="number of updates, instead of the configuration's")
-    train.add_argument("--data", metavar="DIR", help="what parashoot data wrote, instead of the configuration's")
-    train.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    train.set_defaults(run=_train)
+    add = command("data", _data, "turn text into token shards to train on")
+    add("out", metavar="OUT", help="a new directory for the shards")
+    add("name", nargs="?", choices=["enwik8"], help="a corpus by name")
+    add("--text", nargs="+", metavar="FILE", help="files of text, each a document; splits by position")
+    add("--jsonl", nargs="+", metavar="FILE", help="files with a JSON object a line; splits by content")
+    add("--hf", metavar="NAME", help="a Hugging Face data set; splits by content")
+    add("--check", action="store_true", help="compare the shards in OUT with their SHA-256, and write nothing")
+    add("--field", default="text", help="where a document's text is, for --jsonl and --hf (default: text)")
+    add("--subset", metavar="NAME", help="the configuration of --hf")
+    add("--split", default="train", metavar="NAME", help="the split of --hf to read (default: train)")
+    add("--streaming", action="store_true", help="read --hf as it is downloaded, keeping no copy")
+    add("--validation", type=float, default=0.05, metavar="X", help="share to validate on (default: 0.05)")
+    add("--test", type=float, default=0.0, metavar="X", help="share to test on (default: 0)")
+    add("--tokenizer", metavar="FILE", help="a tokenizer.json (default: tokens are bytes)")
+    add("--train-bpe", type=int, metavar="VOCAB", help="train a byte-pair encoding of that many tokens")
+    add("--eot", metavar="TOKEN", help="the --tokenizer's token that begins documents (<|endoftext|>)")
 
-    evaluate = commands.add_parser("eval", help="bits per byte and perplexity of a split", description=_eval.__doc__)
-    evaluate.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="the directory of a run, one of its checkpoints, or a saved model"
-    )
-    evaluate.add_argument("--data", metavar="DIR", help="what parashoot data wrote (default: what the run trained on)")
-    evaluate.add_argument("--split", default="test", metavar="NAME", help="train, validation or test (default: test)")
-    evaluate.add_argument("--streams", type=int, default=8, metavar="N", help="pieces read side by side (default: 8)")
-    evaluate.add_argument("--window", type=int, default=1024, metavar="N", help="tokens a pass (default: 1024)")
-    evaluate.add_argument(
-        "--context",
-        type=int,
-        metavar="N",
-        help="for a Transformer: tokens before each window (default: as many as it has)",
-    )
-    evaluate.add_argument(
-        "--lengths", type=int, nargs="?", const=0, metavar="N",
-        help="also the loss by position, in pieces of N tokens (default: 8 times the training length)",
-    )  # fmt: skip
-    evaluate.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    evaluate.set_defaults(run=_eval)
+    add = command("train", _train, "train a language model")
+    add("name", metavar="CONFIG", help="'demo', or a JSON file of TrainConfig fields")
+    add("--resume", metavar="DIR", help="continue the run in this directory")
+    add("--out", metavar="DIR", help="directory of the run (default: runs/NAME)")
+    add("--overwrite", action="store_true", help="replace a run that is there")
+    add("--steps", type=int, metavar="N", help="number of updates, instead of the configuration's")
+    add("--data", metavar="DIR", help="what parashoot data wrote, instead of the configuration's")
+    add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
 
-    generate = commands.add_parser(
-        "generate", help="continue a prompt with a trained model", description=_generate.__doc__
-    )
-    generate.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a run, one of its checkpoints, or a saved model"
-    )
-    generate.add_argument("--prompt", default=PROMPT, metavar="TEXT")
-    generate.add_argument("--tokens", type=int, default=400, metavar="N", help="tokens to produce (default: 400)")
-    generate.add_argument(
-        "--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest (default: 0.8)"
-    )
-    generate.add_argument(
-        "--top-k", type=int, default=40, metavar="K", help="sample among the K likeliest (default: 40)"
-    )
-    generate.add_argument("--seed", type=int, default=0, metavar="N")
-    generate.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    generate.set_defaults(run=_generate)
+    add = command("eval", _eval, "bits per byte and perplexity of a split")
+    add("checkpoint", metavar="CHECKPOINT", help="the directory of a run, one of its checkpoints, or a saved model")
+    add("--data", metavar="DIR", help="what parashoot data wrote (default: what the run trained on)")
+    add("--split", default="test", metavar="NAME", help="train, validation or test (default: test)")
+    add("--streams", type=int, default=8, metavar="N", help="pieces read side by side (default: 8)")
+    add("--window", type=int, default=1024, metavar="N", help="tokens a pass (default: 1024)")
+    before = "for a Transformer: tokens before each window (default: as many as it has)"
+    add("--context", type=int, metavar="N", help=before)
+    lengths = "also the loss by position, in pieces of N tokens (default: 8 times the training length)"
+    add("--lengths", type=int, nargs="?", const=0, metavar="N", help=lengths)
+    add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
 
-    export = commands.add_parser(
-        "export", help="write a checkpoint as a Hugging Face model", description=_export.__doc__
-    )
-    export.add_argument("checkpoint", metavar="CHECKPOINT", help="the directory of a run or of one of its checkpoints")
-    export.add_argument("out", metavar="OUT", help="a new directory for the model")
-    export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default: fp32)")
-    export.set_defaults(run=_export)
+    add = command("generate", _generate, "continue a prompt with a trained model")
+    add("--checkpoint", required=True, metavar="DIR", help="a run, one of its checkpoints, or a saved model")
+    add("--prompt", default=PROMPT, metavar="TEXT")
+    add("--tokens", type=int, default=400, metavar="N", help="tokens to produce (default: 400)")
+    add("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest (default: 0.8)")
+    add("--top-k", type=int, default=40, metavar="K", help="sample among the K likeliest (default: 40)")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+
+    add = command("export", _export, "write a checkpoint as a Hugging Face model")
+    add("checkpoint", metavar="CHECKPOINT", help="the directory of a run or of one of its checkpoints")
+    add("out", metavar="OUT", help="a new directory for the model")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default: fp32)")
 
     cell = "a shipped name, module:attribute, or path/to/file.py:attribute"
-    verify = commands.add_parser("verify", help="check a cell against the for-loop", description=_verify.__doc__)
-    verify.add_argument("cell", nargs="?", metavar="CELL", help=f"{cell} (default: all shipped cells)")
-    verify.add_argument(
-        "--sigma", type=float, default=1.0, metavar="X", help="scale of the random recurrent weights (default: 1)"
-    )
-    verify.set_defaults(run=_verify)
-    explain = commands.add_parser(
-        "explain", help="say how a cell would run at a shape, and why", description=_explain.__doc__
-    )
-    explain.add_argument("cell", metavar="CELL", help=cell)
-    explain.set_defaults(run=_explain)
-    for command, shape in ((verify, (256, 32, 2)), (explain, (4096, 256, 1))):
+    verify = add = command("verify", _verify, "check a cell against the for-loop")
+    add("cell", nargs="?", metavar="CELL", help=f"{cell} (default: all shipped cells)")
+    add("--sigma", type=float, default=1.0, metavar="X", help="scale of the random recurrent weights (default: 1)")
+    explain = add = command("explain", _explain, "say how a cell would run at a shape, and why")
+    add("cell", metavar="CELL", help=cell)
+    for add, shape in ((verify, (256, 32, 2)), (explain, (4096, 256, 1))):
         for name, default in zip(("time", "channels", "batch"), shape, strict=True):
-            command.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
-        command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+            add(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
+        add("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
 
-    bench = commands.add_parser(
-        "bench", help="measure against the loop and other people's kernels", description=_bench.__doc__
-    )
-    bench.add_argument(
-        "suites", nargs="*", metavar="SUITE", help="quick, table, peers, heads, paper, time, width (default: quick)"
-    )
-    bench.add_argument(
-        "--out", default="bench.jsonl", metavar="FILE", help="rows are added here (default: bench.jsonl)"
-    )
-    bench.add_argument(
-        "--cases", default="", metavar="TEXT", help="only cases with this in their names: 'bf16 8 x 2048'"
-    )
-    bench.add_argument("--contestants", metavar="A,B", help="only these, instead of the suite's own")
-    bench.add_argument("--repeats", type=int, default=20, metavar="N", help="samples of each time (default: 20)")
-    bench.add_argument("--minutes", type=float, default=float("inf"), metavar="X", help="begin nothing after that long")
-    bench.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    bench.add_argument("--commit", metavar="HASH", help="what the rows call this version (default: git's)")
-    bench.add_argument(
-        "--render", metavar="FILE", help="measure nothing: make the tables and plots of this results file"
-    )
-    bench.add_argument(
-        "--readme", default="README.md", metavar="FILE", help="where --render puts them (default: README.md)"
-    )
-    bench.set_defaults(run=_bench)
+    add = command("bench", _bench, "measure against the loop and other people's kernels")
+    add("suites", nargs="*", metavar="SUITE", help="quick, table, peers, heads, paper, time, width (default: quick)")
+    add("--out", default="bench.jsonl", metavar="FILE", help="rows are added here (default: bench.jsonl)")
+    add("--cases", default="", metavar="TEXT", help="only cases with this in their names: 'bf16 8 x 2048'")
+    add("--contestants", metavar="A,B", help="only these, instead of the suite's own")
+    add("--repeats", type=int, default=20, metavar="N", help="samples of each time (default: 20)")
+    add("--minutes", type=float, default=float("inf"), metavar="X", help="begin nothing after that long")
+    add("--device", help="cpu or cuda (default: a GPU if there is one)")
+    add("--commit", metavar="HASH", help="what the rows call this version (default: git's)")
+    add("--render", metavar="FILE", help="measure nothing: make the tables and plots of this results file")
+    add("--readme", default="README.md", metavar="FILE", help="where --render puts them (default: README.md)")
 
     from .tasks.command import add_arguments
 
@@ -236,10 +199,15 @@ def _train(options: argparse.Namespace) -> int:
 
     name, config = find_training(options.name)
     changes = {k: getattr(options, k) for k in ("steps", "data") if getattr(options, k) is not None}
-    flags = "".join(f" --{k} {v}" for k, v in changes.items())
+    flags = [
+        v
+        for k in ("steps", "data", "device")
+        if getattr(options, k) is not None
+        for v in (f"--{k}", str(getattr(options, k)))
+    ]
     config = replace(config, **changes)
     directory = Path(options.resume or options.out or Path("runs") / name)
-    again = f"parashoot train {options.name}{flags} --resume {directory}"
+    again = shlex.join(["parashoot", "train", options.name, *flags, "--resume", str(directory)])
     if options.resume and (options.out or options.overwrite):
         bad_value("--resume", "it with --out or --overwrite", "it alone", "A resumed run stays where it is.")
     if holds_run(directory) and not (options.resume or options.overwrite):
@@ -247,7 +215,7 @@ def _train(options: argparse.Namespace) -> int:
             "--out",
             f"'{directory}', which holds a run",
             "a new directory",
-            f"Continue that run with --resume {directory}, or lose it with --overwrite.",
+            f"Continue that run with --resume {shlex.quote(str(directory))}, or lose it with --overwrite.",
         )
     with processes(options.device) as group:
 
@@ -333,12 +301,13 @@ def _generate(options: argparse.Namespace) -> int:
     sampling = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
     if path is not None:
         tokenizer = read_tokenizer(path)
-        ids = tokenizer.encode(options.prompt, add_special_tokens=False).ids
+        prompt = options.prompt.encode("utf-8", "surrogateescape").decode(errors="replace")
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
         if model.config.eos_token_id is None:
             model.config.eos_token_id = tokenizer.token_to_id(EOT)
         made = generate(model, torch.tensor(ids), options.tokens, **sampling)
         both = tokenizer.decode([*ids, *made])  # some decoders strip what they begin with
-        print(options.prompt + both[len(tokenizer.decode(ids)) :])
+        print(prompt + both[len(tokenizer.decode(ids)) :])
     else:
         shown = [options.prompt]  # with the first piece, once all was found in order
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .cell import Cell, feature_shape, parameter_shapes
 from .errors import bad_type
 from .op import as_seen
-from .plan import Solver, check_solver, compute_dtype, trace_for
+from .plan import AUTO, SHORTEST_KERNEL_CHUNK, Solver, check_solver, compute_dtype, plan_for, trace_for
 from .scan import check_arguments, scan
 from .solve.linear import Algebra
 from .solve.sequential import loop
@@ -75,6 +75,7 @@ def verify(
 
     - a cell: `x` (B, T, G, C), `params` and `h0` as in `ps.scan`; params None draws them, 0.5 N(0, 1) (matrices over sqrt n).
     - a layer (`ps.RNN` and its kin): `x` (B, T, D); its own solver and parameters.
+    - `solver`: where it is None, or the layer's, and would run the loop itself in one chunk, eight chunks are compared instead.
 
     The loss is a random weighting of the outputs. Raises as `ps.scan` does.
     """
@@ -89,13 +90,14 @@ def _verify_cell(cell: Cell, x: Tensor, params: Any, h0: Tensor | None, solver: 
     x = x.flatten(3) if isinstance(x, Tensor) and x.dim() == 5 else x
     if params is None and isinstance(x, Tensor) and x.dim() == 4:
         generator = torch.Generator().manual_seed(seed)
+        kind = compute_dtype(x.dtype)
         params = tuple(
-            (torch.randn(s, generator=generator) * 0.5 / (s[-1] ** 0.5 if len(s) > 1 else 1.0)).to(x.device)
+            (torch.randn(s, generator=generator, dtype=torch.float32) * 0.5 / (s[-1] ** 0.5 if len(s) > 1 else 1.0)).to(x.device, kind)
             for s in parameter_shapes(cell, x.shape[3])
-        )
-        params = tuple(p.to(x.dtype) for p in params) if x.dtype == torch.float64 else params
+        )  # fmt: skip
     given = check_arguments(cell, x, params if isinstance(params, Tensor) or params else None, h0, None)
     start = x.new_zeros(x.shape[0], len(cell.states), x.shape[3]) if h0 is None else h0
+    solver = _in_chunks(cell, x, given, solver)
     info = scan(cell, x.detach(), given or None, start.detach(), solver=solver, return_info=True)[2]
 
     def parallel(x: Tensor, start: Tensor, *ps: Tensor) -> Tensor:
@@ -111,12 +113,21 @@ def _verify_cell(cell: Cell, x: Tensor, params: Any, h0: Tensor | None, solver: 
     return _report(cell.name, x, found, info, float(exponent.max()))
 
 
+def _in_chunks(cell: Cell, x: Tensor, params: Sequence[Tensor], solver: Solver) -> Solver:
+    """`solver`, or in place of the automatic one, where that runs the loop, one that has something to compare with it."""
+    plan = plan_for(cell, x, as_seen(cell, list(params), compute_dtype(x.dtype)), solver)[0]
+    if solver != AUTO or plan.chunks > 1 or x.shape[1] < 2 * SHORTEST_KERNEL_CHUNK:
+        return solver
+    return replace(AUTO, chunk_length=max(SHORTEST_KERNEL_CHUNK, -(-x.shape[1] // 8)))
+
+
 def _verify_layer(layer: Any, x: Tensor, seed: int) -> Report:
     names = [n for n, _ in layer.named_parameters()]
     infos: list[Any] = []
 
-    def recording(*args: Any, **options: Any) -> Any:
-        *result, info = scan(*args, return_info=True, **options)
+    def recording(cell: Any, x: Tensor, params: Any, *args: Any, solver: Any = None, **options: Any) -> Any:
+        solver = _in_chunks(cell, x, params or (), check_solver(solver))
+        *result, info = scan(cell, x, params, *args, solver=solver, return_info=True, **options)
         infos.append(info)
         return tuple(result)
 
@@ -147,7 +158,8 @@ def _compare(
     ours, theirs = _run(parallel, leaves, generator.manual_seed(seed)), _run(plain, own, generator.manual_seed(seed))
     absolute, relative, gradient = BOUNDS[dtype]
     error, loop_error = ((run[0].double() - exact[0]).abs() for run in (ours, theirs))
-    g_error, g_loop = (max(map(relative_error, run[1], exact[1])) for run in (ours, theirs))
+    errors = lambda run: [relative_error(got, want) for got, want in zip(run[1], exact[1], strict=True)]
+    g_error, g_loop = (float(torch.tensor(errors(run), dtype=torch.float64).max()) for run in (ours, theirs))  # or NaN
     allowed = torch.maximum(absolute + relative * exact[0].abs(), 2 * loop_error.max())
     return {
         "output_error": float(error.max()), "loop_output_error": float(loop_error.max()),

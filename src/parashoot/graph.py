@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -245,32 +246,37 @@ def _evaluate(op: str, args: list[torch.Tensor]) -> torch.Tensor:
     return eval(EXPRESSIONS[op].format(*names), namespace | dict(zip(names, args, strict=True)))
 
 
+def interpret(
+    module: torch.fx.GraphModule, given: Callable, constant: Callable, operation: Callable[[torch.fx.Node, list], Any]
+) -> list[Any]:
+    """What an FX graph returns, None where that is nothing, with other values in place of its tensors: `given(node)` for an input,
+    `constant(tensor)` of one number, `operation(node, args)`. Raises `UnknownOperation` for a longer constant."""
+    values: dict[torch.fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = given(node)
+        elif node.op == "get_attr":
+            found = getattr(module, str(node.target))
+            if found.numel() != 1:
+                raise UnknownOperation("constant tensor", f"it holds {found.numel()} numbers, one per position")
+            values[node] = constant(found)
+        elif node.op == "output":
+            return [values[o] if isinstance(o, torch.fx.Node) else None for o in node.args[0]]
+        else:
+            values[node] = operation(node, [values.get(a, a) if isinstance(a, torch.fx.Node) else a for a in node.args])
+            if node.target._schema.is_mutable:  # decompositions overwrite their own temporaries
+                values[node.args[0]] = values[node]
+    raise AssertionError("an FX graph ends with an output node")
+
+
 def from_fx(module: torch.fx.GraphModule, names: list[str]) -> Graph:
     """The canonical graph of an FX graph of elementwise operations on tensors that all have one shape.
 
     Raises `UnknownOperation`, whose arguments are the operation's name and why it is refused.
     """
-    builder = Builder(names)
-    values: dict[torch.fx.Node, Atom] = {}
-    inputs = iter(names)
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(inputs)
-        elif node.op == "get_attr":
-            constant = getattr(module, str(node.target))
-            if constant.numel() != 1:
-                raise UnknownOperation("constant tensor", f"it holds {constant.numel()} numbers, one per position")
-            values[node] = constant.item()
-        elif node.op == "output":
-            outputs = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
-            return builder.graph(values[o] if isinstance(o, torch.fx.Node) else 0.0 for o in outputs)
-        else:
-            values[node] = convert(
-                builder, node, [values.get(a, a) if isinstance(a, torch.fx.Node) else a for a in node.args]
-            )
-            if node.target._schema.is_mutable:  # type: ignore[union-attr]  # decompositions overwrite their own temporaries
-                values[node.args[0]] = values[node]  # type: ignore[index]
-    raise AssertionError("an FX graph ends with an output node")
+    builder, inputs = Builder(names), iter(names)
+    found = interpret(module, lambda node: next(inputs), torch.Tensor.item, partial(convert, builder))
+    return builder.graph(0.0 if v is None else v for v in found)
 
 
 def _dtype(value: Any) -> torch.dtype | None:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .graph import Atom, Builder, Graph, UnknownOperation, convert
+from .graph import Atom, Builder, Graph, UnknownOperation, convert, interpret
 
 Label = str | int  # "rows", "heads", or the number of an axis of length n
 # A vector with its axis, a matrix with its two, a constant or a head's number with none.
@@ -73,26 +73,12 @@ def from_fx(
     `names` of the inputs, of which `matrices` are (H, n, n); `outputs` names what each output is the new value or the gradient of.
     Raises `UnknownOperation` where an operation is neither elementwise nor a product by a matrix.
     """
-    reader, values = _Reader(Builder(names), sizes, matrices), {}
-    inputs = iter(names)
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = reader.input(next(inputs), node.meta["tensor_meta"].shape)
-        elif node.op == "output":
-            given = [values[o] if isinstance(o, torch.fx.Node) else reader.value(0.0) for o in node.args[0]]
-            found = [reader.output(v, name in matrices) for v, name in zip(given, outputs, strict=True)]
-            return reader.builder.graph(a for atoms, _ in found for a in atoms), [pairs for _, pairs in found]
-        elif node.op == "get_attr":
-            constant = getattr(module, str(node.target))
-            if constant.numel() != 1:
-                raise UnknownOperation("constant tensor", f"it holds {constant.numel()} numbers, one per position")
-            values[node] = reader.constant(constant.item(), constant.shape)
-        else:
-            args = [values.get(a, a) if isinstance(a, torch.fx.Node) else a for a in node.args]
-            values[node] = reader.operation(node, args)
-            if node.target._schema.is_mutable:
-                values[node.args[0]] = values[node]
-    raise AssertionError("an FX graph ends with an output node")
+    reader, inputs = _Reader(Builder(names), sizes, matrices), iter(names)
+    shaped = lambda node: reader.input(next(inputs), node.meta["tensor_meta"].shape)
+    given = interpret(module, shaped, lambda v: reader.constant(v.item(), v.shape), reader.operation)
+    values = [reader.value(0.0) if v is None else v for v in given]
+    found = [reader.output(v, name in matrices) for v, name in zip(values, outputs, strict=True)]
+    return reader.builder.graph(a for atoms, _ in found for a in atoms), [pairs for _, pairs in found]
 
 
 class _Reader:

@@ -218,7 +218,8 @@ class RNN(nn.Module):
             flat = None if bias is None else bias.flatten()
             return cell, nn.functional.linear(x, weight[0], flat).unflatten(-1, gates), params
         x = x if x.dim() == 4 else x.unflatten(-1, (self.num_heads, -1))
-        z = torch.einsum("bthi,hoi->btho", x, weight)
+        # By way of a row: the gradient then lies in memory as the weight does, and compiled is written so in one go.
+        z = torch.einsum("bthi,hoi->btho", x, weight.flatten().view(weight.shape))
         z = z.unflatten(-1, (gates[0], -1)).transpose(2, 3)
         return cell, z if bias is None else z + bias.unflatten(1, (self.num_heads, -1)).to(z.dtype), params
 
@@ -226,7 +227,7 @@ class RNN(nn.Module):
         self, x: Tensor, h_0: Tensor | None, suffix: str, reset: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         (cell, z, params), reverse = self.prepared(x, suffix), suffix.endswith("_reverse")
-        dtype = compute_dtype(z.dtype)
+        start, dtype = h_0, compute_dtype(z.dtype)
         if h_0 is None:
             h_0 = z.new_zeros(z.shape[0], len(self.cell.states), self.hidden_size, dtype=dtype)
         params = [p.to(dtype) for p in params]
@@ -241,7 +242,8 @@ class RNN(nn.Module):
             if reset is not None:
                 reset = reset.gather(1, (ends - t).clamp(0, z.shape[1] - 1)) & (t > 0) & (t < ends)
         stop = t >= ends
-        reset = stop if reset is None else reset | stop
+        if start is None:  # from zero a step can be made; with given states it might fail there, and goes on instead
+            reset = stop if reset is None else reset | stop
         states, _ = self._scan(cell, z, params or None, h_0, reset=reset, return_states=True, **options)
         final = states.gather(1, (ends - 1)[:, :, None, None].expand(-1, 1, *states.shape[2:])).squeeze(1).to(h_0.dtype)
         y = states[:, :, self.cell.output]
@@ -312,34 +314,25 @@ def bias_ranges(cell: Cell, given: Any) -> dict[str, tuple[float, float]]:
     return ranges
 
 
-class ParaGRU(RNN):
+class _FromPaper(RNN):
+    _cell: Cell
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, *, recurrent_clip: float | None = 0.5, **options: Any
+    ):  # fmt: skip
+        super().__init__(self._cell, input_size, hidden_size, num_layers, recurrent_clip=recurrent_clip, **options)
+
+
+class ParaGRU(_FromPaper):
     """`RNN` with the paper's GRU (`ps.cells.gru`), recurrent vectors clipped to 0.5 unless `recurrent_clip` says otherwise."""
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        recurrent_clip: float | None = 0.5,
-        **options: Any,
-    ):
-        super().__init__(gru, input_size, hidden_size, num_layers, recurrent_clip=recurrent_clip, **options)
+    _cell = gru
 
 
-class ParaLSTM(RNN):
+class ParaLSTM(_FromPaper):
     """`RNN` with the paper's LSTM (`ps.cells.lstm`, states c and h), recurrent vectors clipped to 0.5 as in `ParaGRU`."""
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        recurrent_clip: float | None = 0.5,
-        **options: Any,
-    ):
-        super().__init__(lstm, input_size, hidden_size, num_layers, recurrent_clip=recurrent_clip, **options)
+    _cell = lstm
 
 
 class _Clip(torch.autograd.Function):

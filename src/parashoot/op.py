@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cell import Cell, feature_shape, get_cell, gradient_like, sizes
-from .errors import ConvergenceError, GradientError
+from .errors import BackendError, ConvergenceError, GradientError
 from .plan import (
     MultipleShooting,
     Plan,
@@ -97,13 +97,13 @@ def scan_op(
     x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, cell: str, reverse: bool, all_states: bool, save: bool,
     report: bool, length: int, tol: float, max_iters: int, jacobian: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`_forward` as an operator: the cell by its key, the solver as plain arguments, stats as a tensor; facts summed up if `report`."""
+    """`_forward` as an operator: the cell by its key, the solver as plain arguments, stats as a tensor; facts summed up if `report`, else empty."""
     solver = _decode(length, tol, max_iters, jacobian, backend)
     made = get_cell(cell)
     plan, found = plan_for(made, x, as_seen(made, params, compute_dtype(x.dtype)), solver)
     given = x.flatten(3) if plan.tiling is None else x
     y, h_n, saved, stats, facts = _forward(given, params, h0, reset, made, reverse, all_states, save, plan, found)
-    seen = summary(facts) if report and facts is not None else torch.zeros(3, device=x.device)
+    seen = summary(facts) if report and facts is not None else torch.zeros(3 if report else 0, device=x.device)
     return y, h_n, saved, torch.tensor(stats, dtype=torch.float64), seen
 
 
@@ -135,15 +135,15 @@ def _(x, params, h0, reset, cell, reverse, all_states, save, report, length, tol
         h0.new_empty(h0.shape),
         x.new_empty(saved, dtype=compute_dtype(x.dtype)),
         torch.empty(6, dtype=torch.float64),
-        x.new_empty(3, dtype=torch.float32),
+        x.new_empty(3 if report else 0, dtype=torch.float32),
     )
 
 
 def _gradients(
     dy: Tensor | None, dh_n: Tensor | None, x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, states: Tensor,
     number: float, cell: Cell, reverse: bool, solver: Solver,
-) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """Gradients (dx, dparams, dh0) in the dtypes of x, params, h0, from what `_forward` saved and the trace's `number`."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients (dx, dparams in a row in the compute dtype, dh0), from what `_forward` saved and the trace's `number`."""
     plan, found = plan_for(cell, x, as_seen(cell, params, compute_dtype(x.dtype)), solver)
     if found.number != number:
         raise GradientError(
@@ -157,15 +157,14 @@ def _gradients(
             batch, time, _, channels = sizes(x)
             dy = x.new_zeros(()).expand(batch, time, 1, channels)
         dy = dy if dy.dim() == 4 else dy.unsqueeze(2)
-        dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
         tol = tolerance_backward(cell, x.dtype)
         return run_backward(cell, found, plan.backward, dy, dh_n, x, params, h0, reset, states, reverse, tol)
     with torch.autocast(x.device.type, enabled=False):
         grads, layout = _solve_backward(cell, plan, found, dy, dh_n, x.flatten(3), params, h0, reset, states, reverse)
     d_x = layout.unchunk(grads.xs, x.dtype)
     d_x = d_x if x.dim() == 4 else gradient_like(x).copy_(d_x.unflatten(3, x.shape[3:]))
-    d_params = [g.reshape(p.shape).to(p.dtype).contiguous() for g, p in zip(grads.params, params, strict=True)]
-    return d_x, d_params, grads.h0.reshape(h0.shape[1], *h0.shape[::2]).movedim(0, 1).to(h0.dtype).contiguous()
+    flat = torch.cat([g.flatten() for g in grads.params]) if params else h0.new_empty(0, dtype=compute_dtype(x.dtype))
+    return d_x, flat, grads.h0.reshape(h0.shape[1], *h0.shape[::2]).movedim(0, 1).to(h0.dtype).contiguous()
 
 
 @torch.library.custom_op("parashoot::scan_backward", mutates_args=())
@@ -174,13 +173,10 @@ def scan_backward_op(
     stats: Tensor, cell: str, reverse: bool,
     length: int, tol: float, max_iters: int, jacobian: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`_gradients` as an operator, those of the parameters in a row, for it may return no views of one tensor."""
+    """`_gradients` as an operator, which may return no views of one tensor."""
     solver = _decode(length, tol, max_iters, jacobian, backend)
     number = float(stats[3])
-    d_x, d_params, d_h0 = _gradients(dy, dh_n, x, params, h0, reset, states, number, get_cell(cell), reverse, solver)
-    exact = compute_dtype(x.dtype)
-    flat = torch.cat([g.to(exact).flatten() for g in d_params]) if d_params else x.new_empty(0, dtype=exact)
-    return d_x, flat, d_h0
+    return _gradients(dy, dh_n, x, params, h0, reset, states, number, get_cell(cell), reverse, solver)
 
 
 def _solve_backward(
@@ -234,14 +230,14 @@ def _backward(ctx, dy, dh_n, _saved, _stats, _facts):
     nothing = [None] * 11
     if dy is None and dh_n is None:
         return None, [None] * len(params), None, *nothing
-    d_x, d_params, d_h0 = _backward_by_operator(dy, dh_n, x, params, h0, reset, states, stats, *ctx.options)
-    return d_x, d_params, d_h0, *nothing
+    d_x, flat, d_h0 = scan_backward_op(dy, dh_n, x, params, h0, reset, states, stats, *ctx.options)
+    return d_x, _apart(flat, params), d_h0, *nothing
 
 
-def _backward_by_operator(dy, dh_n, x, params: list[Tensor], *rest) -> tuple[Tensor, list[Tensor], Tensor]:
-    d_x, flat, d_h0 = scan_backward_op(dy, dh_n, x, params, *rest)
+def _apart(flat: Tensor, params: list[Tensor]) -> list[Tensor]:
+    """Gradients in a row as those of `params`, each of its shape and dtype."""
     parts = flat.split([p.numel() for p in params])
-    return d_x, [g.view(p.shape).to(p.dtype) for g, p in zip(parts, params, strict=True)], d_h0
+    return [g.view(p.shape).to(p.dtype) for g, p in zip(parts, params, strict=True)]
 
 
 scan_op.register_autograd(_backward, setup_context=_setup_context)
@@ -290,10 +286,10 @@ class _Direct(torch.autograd.Function):
         ):  # create_graph: through the operator, which refuses a second derivative when asked for it
             stats = torch.tensor([0.0, 0.0, 0.0, number], dtype=torch.float64)
             options = (cell.key, reverse, *encode(solver))
-            d_x, d_params, d_h0 = _backward_by_operator(dy, dh_n, x, params, h0, reset, states, stats, *options)
+            d_x, flat, d_h0 = scan_backward_op(dy, dh_n, x, params, h0, reset, states, stats, *options)
         else:
-            d_x, d_params, d_h0 = _gradients(dy, dh_n, x, params, h0, reset, states, *ctx.options)
-        return *[None] * 7, d_x, d_h0, None, *d_params
+            d_x, flat, d_h0 = _gradients(dy, dh_n, x, params, h0, reset, states, *ctx.options)
+        return *[None] * 7, d_x, d_h0, None, *_apart(flat, params)
 
 
 def run(
@@ -304,7 +300,7 @@ def run(
     if x.dim() == 5 and (x.shape[4] % WIDEST or WIDEST % (cell.width or 1)):  # tiles lie in one head of x each
         x = x.flatten(3)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, *params))
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter):
         options = (cell.key, reverse, all_states, save, report, *encode(solver))
         y, h_n, _, stats, facts = scan_op(x, params, h0, reset, *options)
         return y, h_n, stats, facts
@@ -319,6 +315,8 @@ def run(
         raise GradientError(
             "ps.scan under torch.func.grad, vmap or their like, which it does not provide. Call torch.autograd.grad on its result."
         )
+    if torch.jit.is_tracing():
+        raise BackendError("torch.jit.trace cannot record ps.scan. Use torch.export or torch.compile.")
     facts = []
     y, h_n = _Direct.apply(facts, cell, reverse, all_states, save, solver, (plan, found), x, h0, reset, *params)  # type: ignore[misc]
     *stats, reported = facts

@@ -375,7 +375,9 @@ def _outputs_only(fx: torch.fx.GraphModule, keep: list[int]) -> torch.fx.GraphMo
 
 def _check_independence(cell: Cell, values: list[Tensor], feature: tuple[int, ...]) -> None:
     slots, moving = len(cell.states), len(cell.states) + len(cell.inputs)
-    before = cell.new_states(values[:slots], values[slots:moving], values[moving:])
+    before, again = (cell.new_states(values[:slots], values[slots:moving], values[moving:]) for _ in range(2))
+    if not all(_equal(a, b) for a, b in zip(before, again, strict=True)):
+        bad_cell(cell.name, "the step gives two results on the same arguments", "Pass what varies as a ps.Input.")
     axes = [(0, "sequence", "sequences")] + ([(1, "head", "heads")] if len(feature) == 2 else [])
     for axis, one, many in axes:
         moved = []

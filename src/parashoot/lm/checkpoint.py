@@ -1,7 +1,7 @@
 """Checkpoints: directories `step-000123`, written whole or not at all, that any number of processes can read.
 
-In each, PyTorch's distributed checkpoint holds weights, optimizer and random states, and `checkpoint.json` the rest. `latest`, beside
-them, names the last one.
+In each, PyTorch's distributed checkpoint holds weights, optimizer and random states, `checkpoint.json` the rest, and there is a copy of the
+run's tokenizer, if it has one. `latest`, beside them, names the last one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import AutoModelForCausalLM
 
 from ..errors import CheckpointError, bad_value
+from .data import TOKENIZER
 from .models import build_model, materialized, model_config
 from .processes import Processes
 
@@ -95,6 +97,8 @@ def save(
         with _alone():
             dcp.save(state, checkpoint_id=beside, no_dist=group.size == 1)
         if group.rank == 0:
+            if (run / TOKENIZER).is_file():  # a checkpoint that is taken elsewhere still knows its text
+                shutil.copyfile(run / TOKENIZER, beside / TOKENIZER)
             _write(beside / FACTS, json.dumps({"format": FORMAT, "step": step, **rest}, indent=1) + "\n")
             shutil.rmtree(path, ignore_errors=True)  # of this very step, by a run killed before `latest` named it
             os.replace(beside, path)
@@ -109,7 +113,7 @@ def save(
         kept = f"that of {steps(run)[-1].name} is kept" if steps(run) else "there was none before it"
         raise CheckpointError(
             f"the checkpoint of step {step} in {run} could not be written ({problems[0]}); {kept}. "
-            f"Make room and continue with --resume {run}."
+            f"Make room and continue with --resume {shlex.quote(str(run))}."
         )
     return path
 

@@ -51,7 +51,7 @@ class ParaRNNConfig(PretrainedConfig):
 
     model_type = "pararnn"
     has_no_defaults_at_init = True
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -183,15 +183,17 @@ def _check_values(own: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Biases as JSON gives them back."""
+    """Biases as JSON gives them back; what is none stays as it is, for the layer to refuse."""
     if isinstance(value, dict):
         return {name: _plain(v) for name, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value if value is None else float(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, (str, bool)) else float(value)
 
 
 def _check_mixer(own: dict[str, Any]) -> None:
     mixer, d, n = own["mixer"], own["hidden_size"], own["head_dim"]
-    if mixer not in MIXERS:
+    if not isinstance(mixer, str) or mixer not in MIXERS:
         bad_value("mixer", repr(mixer), f"one of {', '.join(MIXERS)}")
     for name, default in foreign_fields(mixer).items():
         if own[name] != default:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from ..errors import bad_value, needs
@@ -35,16 +36,19 @@ def export(checkpoint: str | Path, directory: str | Path, precision: str = "fp32
         config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
         model.generation_config = GenerationConfig.from_model_config(config)
     with new_directory(Path(directory)) as beside:
-        model.to(PRECISIONS[precision]).save_pretrained(beside)
+        try:
+            model.to(PRECISIONS[precision]).save_pretrained(beside)
+        except SafetensorError as e:  # a full disk, for one
+            raise OSError(f"the model could not be written to '{directory}' ({e})") from e
         tokenizer.save_pretrained(beside)
     return model
 
 
 def tokenizer_file(checkpoint: str | Path) -> Path | None:
     """The `tokenizer.json` of a run, of one of its checkpoints or of a saved directory; None where tokens are bytes."""
-    home = Path(checkpoint)
-    path = (home.parent if (home / FACTS).is_file() else home) / TOKENIZER  # a run's checkpoints share one
-    return path if path.exists() else None
+    home = Path(checkpoint).resolve()  # of "." or of a link there is no parent to look in
+    homes = [home, home.parent] if (home / FACTS).is_file() else [home]  # older checkpoints share that of their run
+    return next((h / TOKENIZER for h in homes if (h / TOKENIZER).exists()), None)
 
 
 def check_tokenizer(checkpoint: str | Path, data: Path | None) -> None:

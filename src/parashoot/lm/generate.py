@@ -30,7 +30,7 @@ def generate(
     `temperature` 0 takes the likeliest. The same `seed` gives the same tokens. Ends early after `eos_token_id` of the
     configuration, or when `on_token`, called with each token, returns True. Raises `ArgumentError`.
     """
-    _check(model, prompt, max_new_tokens)
+    _check(model, prompt, max_new_tokens, seed)
     source = _step_by_step if model.config.cache_grows else _in_bursts
     tokens: list[int] = []
     for token in source(model, prompt.to(torch.int64)[None], max_new_tokens, temperature, top_k, seed):
@@ -103,13 +103,13 @@ def generate_text(
         hand_on(decoder.decode(bytes(produced[-1:])))
         return ending is not None and produced.endswith(ending)
 
-    ids = torch.tensor(list(prompt.encode()))
+    ids = torch.tensor(list(prompt.encode("utf-8", "surrogateescape")))  # bytes of a shell that are no UTF-8 are bytes
     generate(model, ids, max_new_bytes, temperature=temperature, top_k=top_k, seed=seed, on_token=on_token)
     hand_on(decoder.decode(b"", final=True))
     return "".join(pieces)
 
 
-def _check(model: ParaRNNForCausalLM, prompt: Tensor, max_new_tokens: int) -> None:
+def _check(model: ParaRNNForCausalLM, prompt: Tensor, max_new_tokens: int, seed: int) -> None:
     if not isinstance(prompt, Tensor) or prompt.dim() != 1 or prompt.numel() == 0:
         bad_value("prompt", prompt, "token ids of shape (T,), at least one")
     vocab = model.config.vocab_size
@@ -117,3 +117,5 @@ def _check(model: ParaRNNForCausalLM, prompt: Tensor, max_new_tokens: int) -> No
         bad_value("prompt", f"ids from {int(prompt.min())} to {int(prompt.max())}", f"ids below vocab_size = {vocab}")
     if not is_count(max_new_tokens):
         bad_value("max_new_tokens", repr(max_new_tokens), "an integer >= 1")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        bad_value("seed", repr(seed), "an integer from 0 to 2^63 - 1")

@@ -109,7 +109,7 @@ class ParashootLM(TemplateLM):
             options: dict[str, Any] = dict(utils.normalize_gen_kwargs(batch[0][1], self.max_gen_toks))
             stops = utils.handle_stop_sequences(options.pop("until"), self.tokenizer.eos_token)
             if not options["do_sample"]:
-                del options["temperature"]
+                options.pop("temperature", None)
             length = len(batch[0][0])
             ids = torch.tensor([[0] * (length - len(row)) + row for row, _ in batch], device=self._device)
             mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row, _ in batch], device=self._device)

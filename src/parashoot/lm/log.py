@@ -10,8 +10,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import needs
-
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
 
 
@@ -25,7 +23,6 @@ class Log:
         self.file = (directory / LOG).open("a")
         self.board = None
         if tensorboard:
-            needs("a TensorBoard log", "tensorboard", "tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(directory / TENSORBOARD), purge_step=step + 1)

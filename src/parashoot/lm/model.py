@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,9 @@ from .gated_delta import GatedDelta
 from .generation import StatefulGeneration
 from .loss import IGNORED, next_token_loss, token_losses
 from .parts import ResidualLinear, RMSNorm, working
+
+CACHE = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
+"""What the library's version calls the cache in its outputs."""
 
 
 @dataclass
@@ -194,6 +197,7 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> Any:
         """Run over tokens in parallel over time, from `past_key_values` on if there is one.
 
@@ -209,10 +213,13 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
         - `use_cache`: return the cache; by default where not training.
         - `logits_to_keep`: only the last so many logits, 0 for all, or the positions in a tensor.
         - `output_hidden_states`: also what enters each block and, last, what the head reads, (B, T, d) each; by default as in the configuration.
+        - `output_attentions`: None or False, as there are none to return; wrappers of models pass it.
 
         While training with labels the logits are never formed as a whole, and `logits` is None. Raises `ArgumentError` and
         `ArgumentTypeError`.
         """
+        if output_attentions:
+            bad_value("output_attentions", "True", "None or False", "No mixer keeps a matrix of attention.")
         given = (input_ids, attention_mask, past_key_values, inputs_embeds, reset, use_cache, output_hidden_states)
         base = self.model(*given, return_dict=True)
         hidden = base.last_hidden_state
@@ -237,7 +244,7 @@ class ParaRNNForCausalLM(StatefulGeneration, ParaRNNPreTrainedModel, GenerationM
             )
             logits = self.lm_head(hidden[:, kept])
         z_part = z_part if self.training and self.config.z_loss else None
-        out = CausalLMOutput(loss, logits, base.past_key_values, base.hidden_states, z_loss=z_part)
+        out = CausalLMOutput(loss, logits, getattr(base, CACHE), base.hidden_states, z_loss=z_part)
         return out.to_tuple() if return_dict is False else out
 
     def _check_head(self) -> None:

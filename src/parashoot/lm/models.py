@@ -1,8 +1,4 @@
-"""Language models by `model_type`, and the few things that training and evaluation know about how one is built.
-
-A model maps `model(input_ids, labels=..., reset=...)` to an output with `loss` and `logits`, gives its `token_losses(...)`, and names its
-`recurrent_layers()`.
-"""
+"""The few things that training and evaluation know about how a language model is built."""
 
 from __future__ import annotations
 
@@ -17,27 +13,24 @@ from .config import ParaRNNConfig
 from .model import ParaRNNForCausalLM
 from .order import mix
 
-MODELS: dict[str, tuple[Any, Any]] = {"pararnn": (ParaRNNConfig, ParaRNNForCausalLM)}
-"""model_type -> (the class of its configuration, the class of the model)."""
-
 UNDECAYED = ("mixer.conv.weight", "mixer.rnn.bias_l0", "mixer.rnn.weight_hh_l0")
 """Parameters that are several vectors stored as one tensor."""
 
 
-def model_config(values: Any) -> Any:
+def model_config(values: Any) -> ParaRNNConfig:
     """The configuration that `to_dict` gave; "pararnn" without a `model_type`. Raises `ArgumentError`."""
     if not isinstance(values, dict):
         bad_type("model", values, "an object of the model's fields")
-    kind = values.get("model_type", "pararnn")
-    if kind not in MODELS:
-        bad_value("model.model_type", repr(kind), f"one of {', '.join(MODELS)}")
-    return MODELS[kind][0].from_dict(values)
+    kind, mine = values.get("model_type", ParaRNNConfig.model_type), ParaRNNConfig.model_type
+    if kind != mine:
+        bad_value("model.model_type", repr(kind), f"one of {mine}")
+    return ParaRNNConfig.from_dict(values)
 
 
-def build_model(config: Any) -> Any:
+def build_model(config: ParaRNNConfig) -> ParaRNNForCausalLM:
     """A new model of `config` on the meta device: shapes without storage, which `materialized` gives to it."""
     with torch.device("meta"):
-        return MODELS[config.model_type][1](config)
+        return ParaRNNForCausalLM(config)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -21,6 +21,7 @@ from .tokenizer import Bytes, Subwords
 
 SHARD = 1 << 27  # tokens
 BATCH = 64  # pieces encoded together
+LAST = (INDEX, "config.json")  # without which a directory is none of data or of a model
 
 
 def prepare(directory: Path, source: Source, tokenizer: Bytes | Subwords, *, shard: int = SHARD) -> dict[str, Any]:
@@ -34,18 +35,23 @@ def prepare(directory: Path, source: Source, tokenizer: Bytes | Subwords, *, sha
 
 @contextlib.contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """A directory beside `directory` to write to, which takes its place if nothing goes wrong and is removed otherwise.
+    """A directory to write to, which takes the place of `directory` if nothing goes wrong and is removed otherwise.
 
-    Raises `ArgumentError` if `directory` is there and not empty.
+    An empty directory that is there stays, and is filled, what names the rest last: a disk may be mounted or a shell stand there. Raises
+    `ArgumentError` if it is not empty.
     """
+    directory = directory.resolve()  # "." and links, too
     check_new(directory)
-    beside = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
+    name, filled = f"{directory.name}.partial-{os.getpid()}", directory.exists()
+    beside = directory / name if filled else directory.with_name(name)
     beside.mkdir(parents=True)
     try:
         yield beside
-        if directory.exists():
-            directory.rmdir()
-        os.replace(beside, directory)
+        if filled:
+            for path in sorted(beside.iterdir(), key=lambda p: p.name in LAST):
+                os.replace(path, directory / path.name)
+        else:
+            os.replace(beside, directory)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

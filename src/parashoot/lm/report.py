@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from typing import Any
 
@@ -72,7 +73,8 @@ def report(run: Run, prompt: str, sample_bytes: int = 400) -> None:
     drawn = loss_curve(losses, found and found.bits_per_byte, run.directory / CURVE)
     print(f"Loss curve: {run.directory / CURVE}" if drawn else "Loss curve: not drawn, matplotlib is not installed.")
     print(f"Log: {run.directory / LOG}\nCheckpoint: {run.saved}")
-    print(f'Go on from it: parashoot generate --checkpoint {run.directory} --prompt "{prompt}"')
+    again = ["parashoot", "generate", "--checkpoint", str(run.directory), "--prompt", prompt]
+    print(f"Go on from it: {shlex.join(again)}")
 
 
 def _validation(run: Run) -> Evaluation | None:

@@ -55,7 +55,14 @@ def text_files(paths: list[Path], validation: float, test: float) -> Source:
                     begins = True
                     while at < stop:
                         text = file.read(min(PIECE, stop - at))
+                        if not text:
+                            bad_value("--text", f"'{path}', which became shorter while it was read", "a file at rest")
                         text += _rest_of_character(file)
+                        if at + len(text) < stop:  # before a space, where a byte-pair encoding cuts anyway
+                            cut = max(text.rfind(b" "), text.rfind(b"\n"))
+                            if cut > 0:
+                                file.seek(cut - len(text), 1)
+                                text = text[:cut]
                         yield Piece(split, text, begins)
                         at, begins = at + len(text), False
             before += size

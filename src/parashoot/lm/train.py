@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DivergedError, bad_value
+from ..errors import DivergedError, bad_value, needs
 from ..lock import held
 from . import checkpoint
 from .data import TOKENIZER, Data, Windows, open_data
@@ -179,6 +179,8 @@ def _alone(directory: Path, group: Processes) -> Iterator[None]:
 
 def _open(config: TrainConfig, directory: Path, group: Processes, resume: bool, overwrite: bool) -> Run:
     config.micro_batch(group.size)
+    if config.tensorboard:  # before anything is removed
+        needs("a TensorBoard log", "tensorboard", "tensorboard")
     saved = (directory / checkpoint.LATEST).exists()
     path = checkpoint.find(directory) if resume and (saved or not holds_run(directory)) else None
     if holds_run(directory) and not (resume or overwrite):

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import bad_type, bad_value
-from .config import checked_names, is_count
-from .models import MODELS, model_config
+from .config import ParaRNNConfig, checked_names, is_count
+from .models import model_config
 
 COUNTS = ("steps", "batch_size", "sequence_length", "checkpoint_every", "keep_checkpoints", "statistics_every")
 SWITCHES = ("compile", "cuda_graph", "activation_checkpointing", "tensorboard")
@@ -38,7 +38,7 @@ class TrainConfig:
     Raises `ArgumentError` and `ArgumentTypeError`. Source of the recipe: Danieli et al. 2025 (ParaRNN, arXiv 2510.21450).
     """
 
-    model: Any
+    model: ParaRNNConfig
     steps: int
     batch_size: int
     sequence_length: int
@@ -60,7 +60,7 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, tuple(config for config, _ in MODELS.values())):
+        if not isinstance(self.model, ParaRNNConfig):
             bad_type("model", self.model, "the configuration of a model")
         if self.model.z_loss:
             bad_value("model.z_loss", repr(self.model.z_loss), "0", "The z_loss of the training decides.")
@@ -120,6 +120,6 @@ class TrainConfig:
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """The configuration that `to_dict` gave. Raises `ArgumentError` for unknown or missing names."""
         values = dict(checked_names(cls, values))
-        if not isinstance(values["model"], tuple(config for config, _ in MODELS.values())):
+        if not isinstance(values["model"], ParaRNNConfig):
             values["model"] = model_config(values["model"])
         return cls(**values)

@@ -75,18 +75,22 @@ class Steps:
 
 
 def sweep(steps: Steps, start: Tensor, ys: Tensor) -> None:
-    """Run the step through all chunks from `start` (S, B, n, F), writing every state into `ys` (m, S, B, n, F)."""
-    gates, slots = steps.xs.shape[1], ys.shape[1]
-    inputs, outputs = steps.xs.flatten(0, 1).unbind(0), ys.flatten(0, 1).unbind(0)
+    """Run the step through all chunks from `start` (S, B, n, F), writing every state into `ys` (m, S, B, n, F).
+
+    Steps with matrices see rows, (B n, F), as they were traced: they may count their axes from the front.
+    """
+    gates, slots, lead = steps.xs.shape[1], ys.shape[1], ys.shape[2:4]
+    rows = (lambda v, at: v.flatten(at, at + 1)) if steps.algebra.full else (lambda v, at: v)
+    inputs, outputs = rows(steps.xs, 2).flatten(0, 1).unbind(0), ys.flatten(0, 1).unbind(0)
     new_states, params, resets = steps.cell.new_states, steps.params, steps.resets
-    blocked = None if resets is None else steps.at(resets).unbind(0)
-    state: Sequence[Tensor] = start.unbind(0)
+    blocked = None if resets is None else rows(steps.at(resets), 1).unbind(0)
+    state: Sequence[Tensor] = rows(start, 1).unbind(0)
     for t in range(steps.length):
         if blocked is not None:
             state = [v.masked_fill(blocked[t], 0.0) for v in state]
         state = new_states(state, inputs[t * gates : (t + 1) * gates], params)
         for i, v in enumerate(state):
-            outputs[t * slots + i].copy_(v)
+            outputs[t * slots + i].copy_(v.unflatten(0, lead) if steps.algebra.full else v)
 
 
 def states_before(ys: Tensor, start: Tensor, window: tuple[int, int], resets: Tensor | None) -> Tensor:

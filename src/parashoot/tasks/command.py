@@ -18,26 +18,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="the tasks, what each asks, and its options").set_defaults(run=_list)
     show = actions.add_parser("show", help="samples of a task in words")
-    show.add_argument("task", metavar="TASK")
-    show.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="options of the task, such as n=3")
-    show.add_argument("--length", type=int, default=24, metavar="N", help="(default: 24)")
-    show.add_argument("--samples", type=int, default=1, metavar="N", help="(default: 1)")
-    show.add_argument("--seed", type=int, default=0, metavar="N")
+    add = show.add_argument
+    add("task", metavar="TASK")
+    add("options", nargs="*", metavar="OPTION=VALUE", help="options of the task, such as n=3")
+    add("--length", type=int, default=24, metavar="N", help="(default: 24)")
+    add("--samples", type=int, default=1, metavar="N", help="(default: 1)")
+    add("--seed", type=int, default=0, metavar="N")
     show.set_defaults(run=_show)
     run = actions.add_parser("run", help="train and test the models of a suite; goes on where it was stopped")
+    add = run.add_argument
     suites = "paper, recall, tracking, words, cycle, arithmetic, brackets, quick, or a JSON file"
-    run.add_argument("suite", nargs="?", default="paper", metavar="SUITE", help=suites)
-    run.add_argument(
-        "--out", default="tasks.jsonl", metavar="FILE", help="a row is added for each run (default: tasks.jsonl)"
-    )
-    run.add_argument(
-        "--minutes",
-        type=float,
-        default=math.inf,
-        metavar="N",
+    add("suite", nargs="?", default="paper", metavar="SUITE", help=suites)
+    add("--out", default="tasks.jsonl", metavar="FILE", help="a row is added for each run (default: tasks.jsonl)")
+    add(
+        "--minutes", type=float, default=math.inf, metavar="N",
         help="the most that one training takes; its row says if it was cut off, and counts as run",
-    )
-    run.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    )  # fmt: skip
+    add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     run.set_defaults(run=_run)
     render = actions.add_parser("render", help="tables and a plot of a results file")
     render.add_argument("file", metavar="FILE")

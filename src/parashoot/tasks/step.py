@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..lm.captured import Batch, Captured
 from ..lm.order import Permutation
 from .suite import Trial
-from .task import METRICS, Samples, tally
+from .task import IGNORED, METRICS, Samples, tally
 
 TOGETHER = 32  # batches drawn in one go
 
@@ -38,13 +38,14 @@ class Update:
         ((x, y),) = batch
         assert y is not None
         logits = self._model(input_ids=x).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        asked = (y != IGNORED).sum().clamp(min=1)  # of a batch that asks nothing nothing is learnt
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / asked
         self._optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
-        right, asked = tally(logits.detach().argmax(-1), y)[METRICS.index("last")]
-        return torch.stack([loss.detach(), right / asked])
+        right, last = tally(logits.detach().argmax(-1), y)[METRICS.index("last")]
+        return torch.stack([loss.detach(), right / last.clamp(min=1)])
 
 
 class Batches:

@@ -82,21 +82,14 @@ class Trial:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < most:
                 bad_value(name, repr(value), "a finite number >= 0" + (" and < 1" if most == 1 else ""))
-        if (
-            not isinstance(self.test_lengths, (list, tuple))
-            or not all(map(is_count, self.test_lengths))
-            or not self.test_lengths
-        ):
+        counts = lambda value: isinstance(value, (list, tuple)) and all(map(is_count, value))
+        if not counts(self.test_lengths) or not self.test_lengths:
             bad_value("test_lengths", repr(self.test_lengths), "a list of integers >= 1")
-        if not isinstance(self.curriculum, (list, tuple)) or not all(map(is_count, self.curriculum)):
+        if not counts(self.curriculum):
             bad_value("curriculum", repr(self.curriculum), "a list of integers >= 1, possibly empty")
         if self.curriculum and self.train_samples is not None:
-            bad_value(
-                "train_samples",
-                str(self.train_samples),
-                "None where there is a curriculum",
-                "A fixed set has one length.",
-            )
+            fixed = str(self.train_samples)
+            bad_value("train_samples", fixed, "None where there is a curriculum", "A fixed set has one length.")
         if not isinstance(self.stop_early, bool):
             bad_type("stop_early", self.stop_early, "True or False")
         if self.probe is not None and not is_count(self.probe):
@@ -106,6 +99,8 @@ class Trial:
         if not isinstance(self.options, (dict, type(None))):
             bad_type("options", self.options, "an object of the task's options")
         object.__setattr__(self, "options", self.options or {})
+        if self.shortest is not None and "shortest" in (self.options or {}):
+            bad_value("options", "shortest, which the trial has, too", "it in one of both places")
         if not isinstance(self.solver, str) or self.solver not in SOLVERS:
             bad_value("solver", repr(self.solver), f"one of {', '.join(SOLVERS)}")
         self._check_initial()

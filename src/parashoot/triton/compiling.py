@@ -53,7 +53,8 @@ def hashing() -> Future[str] | None:
 
 
 def _key(jobs: list[Job], x: Tensor) -> tuple:
-    constants = tuple(tuple(v for k, v in arguments.items() if k in _CONSTANTS) for _, _, arguments in jobs)
+    fixed = lambda arguments: tuple((k, v) for k, v in arguments.items() if k in _CONSTANTS or v is None)
+    constants = tuple(fixed(arguments) for _, _, arguments in jobs)
     return (*(id(kernel) for kernel, _, _ in jobs), constants, x.dtype, x.device)
 
 

@@ -220,26 +220,24 @@ def _near(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) < 2**22 else x.contiguous()
 
 
-def run_forward(
-    u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None, tile: Tile | None = None
-) -> Tensor:
+def run_forward(u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None) -> Tensor:
     """u (B, T, C), weight (k, C), bias (C,), past (B, k - 1, C), reset (B, T) bool -> y (B, T, C), in the dtype of u."""
     y, taps = u.new_empty(u.shape), len(weight)
     given = {"w_ptr": weight.contiguous(), "b_ptr": bias.contiguous(), "y_ptr": y}
-    _launch(forward, tile or tile_for("forward", taps), u, past, reset, taps, **given)
+    _launch(forward, tile_for("forward", taps), u, past, reset, taps, **given)
     return y
 
 
 def run_backward(
-    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None, du: Tensor, tile: Tile | None = None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, reset: Tensor | None, du: Tensor
+) -> tuple[Tensor, Tensor]:
     """(gradients (k + 1, C) in float32 of weight and, the last row, bias, dpast, which is empty without a past).
 
     dy (B, T, H, C / H): channels in heads, which may lie wherever they do; du (B, T, C or more), contiguous, takes the gradient of u in
     its first C channels.
     """
     (batch, time, channels), taps = u.shape, len(weight)
-    tile = tile or tile_for("backward", taps)
+    tile = tile_for("backward", taps)
     if dy.stride(3) != 1 or dy.stride(1) >= 2**22 or (dy.shape[2] > 1 and dy.shape[3] % tile.block):
         dy = dy.reshape(batch, time, 1, channels).contiguous()
     dpast = u.new_empty(0) if past is None else past.new_empty(past.shape)

@@ -89,26 +89,25 @@ def _backward_like(
     cell: Cell, found: Trace, tiling: Tiling, x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, y: Tensor,
     saved: Tensor, reverse: bool,
 ) -> list[Job]:  # fmt: skip
-    """The launches that a backward pass will make, on tensors without memory: enough to compile by."""
+    """The launches that a backward pass will make if only y has a gradient, on tensors without memory: enough to compile by."""
     like = lambda v: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta")
     dy, start, given, weights = like(y), like(h0), like(x), [like(p) for p in params]
     cut, states = None if reset is None else like(reset), like(saved if saved.dim() > 1 else y)
-    return _backward_jobs(cell, found, tiling, dy, start, given, weights, start, cut, states, reverse, 0.0)[0]
+    return _backward_jobs(cell, found, tiling, dy, None, given, weights, start, cut, states, reverse, 0.0)[0]
 
 
 def run_backward(
-    cell: Cell, found: Trace, tiling: Tiling, dy: Tensor, dh_n: Tensor, x: Tensor, params: list[Tensor], h0: Tensor,
+    cell: Cell, found: Trace, tiling: Tiling, dy: Tensor, dh_n: Tensor | None, x: Tensor, params: list[Tensor], h0: Tensor,
     reset: Tensor | None, states: Tensor, reverse: bool, tol: float,
-) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """(dx, dparams, dh0): `states` are those saved or, where none are, y (B, T, 1, C); dy (B, T, O, C)."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dparams in a row, dh0): `states` are those saved or, where none are, y (B, T, 1, C); dy (B, T, O, C); dh_n None: zeros."""
     jobs, dx, sums, dh0 = _backward_jobs(cell, found, tiling, dy, dh_n, x, params, h0, reset, states, reverse, tol)
     _start(jobs, x)
-    summed = add_rows(sums).split([p.numel() for p in params])
-    return dx, [g.view(p.shape).to(p.dtype) for g, p in zip(summed, params, strict=True)], dh0
+    return dx, add_rows(sums), dh0
 
 
 def _backward_jobs(
-    cell: Cell, found: Trace, tiling: Tiling, dy: Tensor, dh_n: Tensor, x: Tensor, params: list[Tensor], h0: Tensor,
+    cell: Cell, found: Trace, tiling: Tiling, dy: Tensor, dh_n: Tensor | None, x: Tensor, params: list[Tensor], h0: Tensor,
     reset: Tensor | None, states: Tensor, reverse: bool, tol: float,
 ) -> tuple[list[Job], Tensor, Tensor, Tensor]:  # fmt: skip
     """The launches, and where they write dx, partial sums of dparams, and dh0."""
@@ -127,7 +126,7 @@ def _backward_jobs(
         "x_ptr": x,
         **_params(params),
         "dy_ptr": dy,
-        "dh_ptr": dh_n.contiguous(),
+        "dh_ptr": None if dh_n is None else dh_n.contiguous(),
         "dx_ptr": dx,
         "dp_ptr": sums,
         "end_ptr": dh0,
@@ -188,7 +187,7 @@ def _jobs(
     common |= {"records": records} | _modes(given, x)
     ragged = lambda width, end: place["LO"] > 0 or channels % width != 0 or end != length
     shoot = {
-        "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(4 * each, min(16 * tiling.burn, FURTHEST)),
+        "CL": each, "tiles": tiles, "chunks": chunks, "snap": snap, "burn": min(tiling.burn, each), "furthest": max(2 * each, min(16 * tiling.burn, FURTHEST)),
         "BD": columns, "ALONE": chunks == 1, "MASKED": ragged(columns, chunks * each), "num_warps": tiling.warps,
     }  # fmt: skip
     if tiling.roomy:

@@ -80,7 +80,6 @@ def {name}_run(
     origin = base
     recorded = 0
     {write}
-    ran = n > 0
     final = live & (chunk == chunks - 1)
     {finish}
     if not ALONE:
@@ -152,19 +151,19 @@ def {name}_correct(
         $z{i} = tl.maximum(z{i}, tl.maximum(tl.abs(finite(o{i}, 1e30)), tl.abs(finite(s{i}, 1e30))))$
     $z{i} = tl.maximum(tl.max(z{i}, 0)[None, :], floor)$
     bad = {apart}
-    going = (tl.max(tl.max((bad & inside).to(tl.int32), 1), 0) > 0) | (tl.max(tl.max(unsettled, 1), 0) > 0)
     defect = tl.max(tl.max({largest_r}, 1), 0)
-    # s: the start of a row; t: the start of the next, which the row's end has to meet
-    joined = inside & (chunk + 1 < chunks)
-    $s{i} = tl.load(starts_ptr + mark + {i} * records * C, mask=live, other=0.0)$
-    $s{i} = tl.where(first, i{i}, finite(s{i}, 1e30))$
-    $t{i} = finite(tl.load(starts_ptr + mark + ({i} * records + ratio) * C, mask=joined, other=0.0), 1e30)$
-    $v{i} = s{i}$
-    {clear}
-    ran = going
-    passes = 1 + 0 * tile
+    going = tl.max(tl.max(((bad & inside) | (unsettled > 0.0)).to(tl.int32), 1), 0) > 0
     unsolved = going & (most < 2)
     going = going & (most > 1)
+    ran = going  # where the first launch was right nothing is loaded, and nothing is left to do
+    # s: the start of a row; t: the start of the next, which the row's end has to meet
+    joined = inside & (chunk + 1 < chunks)
+    $s{i} = tl.load(starts_ptr + mark + {i} * records * C, mask=live & ran, other=0.0)$
+    $s{i} = tl.where(first, i{i}, finite(s{i}, 1e30))$
+    $t{i} = finite(tl.load(starts_ptr + mark + ({i} * records + ratio) * C, mask=joined & ran, other=0.0), 1e30)$
+    $v{i} = s{i}$
+    {clear}
+    passes = 1 + 0 * tile
     n = CL
     origin = base
     while going:
@@ -187,18 +186,19 @@ def {name}_correct(
         going = unsolved & (passes < most) & (passes < {patience})
         $t{i} = v{i} + c{i}$
         $s{i} = tl.where(first, i{i}, above(t{i}, starts_ptr + mark + {i} * records * C, ratio * C, live, first))$
-    final = live & ran & (chunk == chunks - 1)
-    {finish}
-    again = unsolved & (passes < most)
-    if again:
-        tl.debug_barrier()  # other threads wrote what is now written again
-        {name}_in_order(
-            program, {arguments},
-            {place}, starts_ptr, ends_ptr, L, tiles, 1, parts, L, 1, tol, 0, 0, BD, FAST, MASKED, True, WIDE,
-        )
-    passes += again.to(tl.int32)
-    unsolved = unsolved & (again == 0)
-    defect = tl.where(again, 0.0, defect)
+    if ran:
+        final = live & (chunk == chunks - 1)
+        {finish}
+        again = unsolved & (passes < most)
+        if again:
+            tl.debug_barrier()  # other threads wrote what is now written again
+            {name}_in_order(
+                program, {arguments},
+                {place}, starts_ptr, ends_ptr, L, tiles, 1, parts, L, 1, tol, 0, 0, BD, FAST, MASKED, True, WIDE,
+            )
+        passes += again.to(tl.int32)
+        unsolved = unsolved & (again == 0)
+        defect = tl.where(again, 0.0, defect)
     report = report_ptr + (b * tiles + tile) * 3
     tl.store(report, passes.to(tl.float32))
     tl.store(report + 1, defect)

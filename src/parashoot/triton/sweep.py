@@ -258,7 +258,8 @@ def backward(s: Source) -> str:
     arguments += ["reset_ptr", "r_b", "r_t", "r_shift"] * s.reset
     arguments += [*X_PLACE, "dy_b", "dy_t", "dy_s", "dx_b", "dx_t", "dx_g", "dx_h"]
     setup = [*_place_in_heads(s), "dx_head = dx_ptr + b * dx_b + head * (dx_h - width)", *_load_params(s)]
-    setup += _load_entering("dh_ptr", s.slots)
+    setup += ["if dh_ptr is None:", *(f"    i{i} = zero" for i in slots)]
+    setup += ["else:", *(f"    {line}" for line in _load_entering("dh_ptr", s.slots))]
     given = [*s.arguments, *[f"g{i}" for i in slots]]
     linear = function("pull", pull, given, s.flags) if entries is None else function("jacobian", entries, s.arguments)
     functions = [linear, function("adjoint", s.adjoint, given, s.flags)]
@@ -289,12 +290,12 @@ def _channel_sums(s: Source) -> tuple[list[str], list[str], list[str]]:
     blank = [
         f"for other in range({s.params}, parts * {s.params}):",
         f"    at = dp_ptr + (b * parts * {s.params} + other) * C + tile * BD + tl.arange(0, BD)",
-        "    tl.store(at, tl.zeros([BD], tl.float32), mask=(tile * BD + tl.arange(0, BD) < C) & ran)",
+        "    tl.store(at, tl.zeros([BD], tl.float32), mask=tile * BD + tl.arange(0, BD) < C)",
     ]
     for k in range(s.params):
         sums += [
             f"at = dp_ptr + ((b * parts + part) * {s.params} + {k}) * C + tile * BD + tl.arange(0, BD)",
-            "there = (tile * BD + tl.arange(0, BD) < C) & ran",
+            "there = tile * BD + tl.arange(0, BD) < C",
             f"tl.store(at, tl.sum(tl.where(live, a{k}, 0.0), 0), mask=there)",
         ]
     return [f"a{k} = zero" for k in range(s.params)], sums, blank if s.params else []
