@@ -46,13 +46,18 @@ def tune(
     obstacle = no_kernel(cell, x.dtype, x.device, KERNELS, found.foreign) if x.is_cuda else "x is on the CPU"
     if obstacle is not None:
         raise BackendError(f"tune: no kernel runs here: {obstacle}.")
+    from .triton.runtime import compile_all  # Triton is imported where it is used
+
     plan = plan_for(cell, x, seen, KERNELS)[0]
     assert plan.tiling is not None and plan.backward is not None
     key = str((found.digest, str(x.dtype), *shape))
     before = tuned(x.device).get(key)
     seconds: dict[Pair, tuple[float, float]] = {}
+    pairs = _candidates((plan.tiling, plan.backward), shape[1], shape[3], cell.width is not None)
+    state = x.new_empty(shape[0], len(cell.states), shape[3], device="meta")
+    compile_all(cell, found, pairs, x, given, state, plan.tol)
     try:
-        for pair in _candidates((plan.tiling, plan.backward), shape[1], shape[3], cell.width is not None):
+        for pair in pairs:
             tuned(x.device)[key] = pair
             make_plan.cache_clear()
             seconds[pair] = _time(cell, x, given, repeats)

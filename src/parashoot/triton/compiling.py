@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,24 +53,31 @@ def hashing() -> Future[str] | None:
     return _submitted([key])[0] if THREADS and key is not None else None
 
 
+def compile_now(jobs: list[Job], device: torch.device) -> None:
+    """Compile many kernels, as many at once as there are cores; what fails is compiled again when it is launched."""
+    if THREADS:
+        for future in _begin(jobs, device, os.cpu_count()):
+            future.exception()  # waits
+
+
 def _key(jobs: list[Job], x: Tensor) -> tuple:
     fixed = lambda arguments: tuple((k, v) for k, v in arguments.items() if k in _CONSTANTS or v is None)
     constants = tuple(fixed(arguments) for _, _, arguments in jobs)
     return (*(id(kernel) for kernel, _, _ in jobs), constants, x.dtype, x.device)
 
 
-def _begin(jobs: list[Job], device: torch.device) -> list[Future]:
+def _begin(jobs: list[Job], device: torch.device, at_once: int | None = None) -> list[Future]:
     def compile_one(job: Job) -> None:
         kernel, grid, arguments = job
         with torch.cuda.device(device):
             kernel.warmup(**arguments, grid=grid)
 
-    return _submitted([functools.partial(compile_one, job) for job in jobs])
+    return _submitted([functools.partial(compile_one, job) for job in jobs], at_once)
 
 
-def _submitted(calls: list[Callable[[], Any]]) -> list[Future]:
-    """Each call in a thread of its own, which ends with it."""
-    pool = ThreadPoolExecutor(len(calls))
+def _submitted(calls: list[Callable[[], Any]], at_once: int | None = None) -> list[Future]:
+    """Each call in a thread of its own, or in one of `at_once`, which end with them."""
+    pool = ThreadPoolExecutor(at_once or len(calls))
     futures = [pool.submit(call) for call in calls]
     pool.shutdown(wait=False)
     return futures

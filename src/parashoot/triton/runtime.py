@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..cell import Cell, gradient_like, sizes
 from ..garbage import uncollected
-from ..tiling import HEAD_ROWS, Tiling, stages_for, unroll_for
+from ..tiling import HEAD_ROWS, Pair, Tiling, stages_for, unroll_for
 from ..trace import Trace
 from .add_rows import add_rows
-from .compiling import Job, compile_together
+from .compiling import Job, compile_now, compile_together
 from .sweep import Source, backward, decode, forward, source_of
 
 REGISTERS = 255  # of a thread of a roomy tiling, at most; without a limit the assembler often stays far below
@@ -56,6 +56,19 @@ def run_forward(
 
     `back` is the tiling of the backward pass, which is compiled meanwhile.
     """
+    options = (x, params, h0, reset, reverse, all_states, save, tol, most)
+    jobs, y, h_n, saved, facts = _forward_jobs(cell, found, tiling, *options)
+    _start(
+        jobs, x, (lambda: _backward_like(cell, found, back, x, params, h0, reset, y, saved, reverse)) if save else None
+    )
+    return y, h_n, saved, facts.view(-1, 3)
+
+
+def _forward_jobs(
+    cell: Cell, found: Trace, tiling: Tiling, x: Tensor, params: list[Tensor], h0: Tensor, reset: Tensor | None, reverse: bool,
+    all_states: bool, save: bool, tol: float, most: int | None,
+) -> tuple[list[Job], Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The launches, and where they write y, h_n, saved states and facts."""
     batch, time, _, channels = sizes(x)
     kept = save and found.keeps_states(len(cell.states), x.dtype)
     made = source_of(found, cell, tiling.unroll, tiling.stages, all_states, reset is not None, kept)
@@ -77,12 +90,7 @@ def run_forward(
         given |= {"saved_ptr": saved, "groups": groups}
     place = {"T0": time - 1, "DIR": -1, "LO": 0, "L": time} if reverse else {"T0": 0, "DIR": 1, "LO": 0, "L": time}
     jobs, facts = _jobs(load(made, "forward"), made, given, place, x, tiling, tol, 1.0, most)
-    _start(
-        jobs,
-        x,
-        (lambda: _backward_like(cell, found, back, x, params, h0, reset, y, saved, reverse)) if save else None,
-    )
-    return y, h_n, saved, facts.view(-1, 3)
+    return jobs, y, h_n, saved, facts
 
 
 def _backward_like(
@@ -90,10 +98,27 @@ def _backward_like(
     saved: Tensor, reverse: bool,
 ) -> list[Job]:  # fmt: skip
     """The launches that a backward pass will make if only y has a gradient, on tensors without memory: enough to compile by."""
-    like = lambda v: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta")
-    dy, start, given, weights = like(y), like(h0), like(x), [like(p) for p in params]
-    cut, states = None if reset is None else like(reset), like(saved if saved.dim() > 1 else y)
+    dy, start, given, weights = _like(y), _like(h0), _like(x), [_like(p) for p in params]
+    cut, states = None if reset is None else _like(reset), _like(saved if saved.dim() > 1 else y)
     return _backward_jobs(cell, found, tiling, dy, None, given, weights, start, cut, states, reverse, 0.0)[0]
+
+
+def _like(v: Tensor) -> Tensor:
+    return torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta")
+
+
+def compile_all(
+    cell: Cell, found: Trace, pairs: Iterable[Pair], x: Tensor, params: list[Tensor], h0: Tensor, tol: float
+) -> None:
+    """Have the kernels of several tilings, forward and backward, compiled at the same time."""
+    given, weights, start = _like(x), [_like(p) for p in params], _like(h0)
+    jobs = []
+    for tiling, back in pairs:
+        made, y, _, saved, _ = _forward_jobs(
+            cell, found, tiling, given, weights, start, None, False, False, True, tol, None
+        )
+        jobs += [*made, *_backward_like(cell, found, back, given, weights, start, None, y, saved, False)]
+    compile_now(jobs, x.device)
 
 
 def run_backward(
