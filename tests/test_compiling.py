@@ -11,6 +11,7 @@ from torch import Tensor
 import parashoot as ps
 from oracle import random_problem, random_resets
 from parashoot import plan
+from parashoot.op import as_seen
 from parashoot.tiling import Tiling
 
 pytest.importorskip("triton")
@@ -77,6 +78,24 @@ def test_the_gradient_of_a_sum_runs_what_is_compiled_ahead(monkeypatch):
     assert signature(started[1]) == signature(started[2])
 
 
+@pytest.mark.parametrize("name", ["gru", "lstm", "headgru"])
+def test_candidates_are_compiled_as_they_run(name, tiling, monkeypatch):
+    cell, compiled, started = getattr(ps.cells, name), [], []
+    monkeypatch.setattr(runtime, "compile_now", lambda jobs, device: compiled.extend(jobs))
+    monkeypatch.setattr(runtime, "_start", lambda jobs, x, follow=None: started.extend(jobs))
+    x, params, _ = random_problem(cell, 2, 40, 16, dtype=torch.float32)
+    given = x.to(DEVICE).requires_grad_(), [p.to(DEVICE) for p in params]
+    tilings = [
+        Tiling(16 if name == "headgru" else 8, warps, 2, 2, chunks, 4, 8, 8) for warps, chunks in ((1, 5), (2, 4))
+    ]
+    found, start = plan.trace_for(cell, x, as_seen(cell, given[1], torch.float32)), x.new_empty(2, len(cell.states), 16)
+    runtime.compile_all(cell, found, [(t, t) for t in tilings], given[0], given[1], start, 1e-6)
+    for t in tilings:
+        tiling(t)
+        ps.scan(cell, given[0], tuple(given[1]), solver=KERNEL)[0].backward(torch.ones(2, 40, 16, device=DEVICE))
+    assert signature(compiled) == signature(started)
+
+
 @pytest.fixture
 def anywhere(monkeypatch):
     """Threads whatever the version of Python, no GPU asked, nothing compiled before."""
@@ -101,6 +120,14 @@ def test_what_follows_is_begun_before_and_waited_for_when_its_turn_comes(anywher
     threading.Timer(0.05, go.set).start()
     compiling.compile_together(slow, x)
     assert events == ["pair", "pair", "slow"]
+
+
+def test_what_differs_is_compiled_once(anywhere):
+    events, kernels = [], [SimpleNamespace(warmup=lambda grid, **given: events.append(given)) for _ in range(2)]
+    given = [{"BD": 8, "num_warps": n, "chunks": c, "dh_ptr": d} for n in (1, 2) for c in (3, 4) for d in (None, 0)]
+    compiling.compile_now([(k, (1,), g) for k in kernels for g in given], torch.device("cpu"))
+    assert len(events) == 8
+    assert {tuple(g[k] for k in ("num_warps", "dh_ptr")) for g in events} == {(n, d) for n in (1, 2) for d in (None, 0)}
 
 
 def test_what_fails_ahead_fails_again_where_it_is_needed(anywhere):

@@ -92,7 +92,7 @@ def _verify_cell(cell: Cell, x: Tensor, params: Any, h0: Tensor | None, solver: 
         generator = torch.Generator().manual_seed(seed)
         kind = compute_dtype(x.dtype)
         params = tuple(
-            (torch.randn(s, generator=generator, dtype=torch.float32) * 0.5 / (s[-1] ** 0.5 if len(s) > 1 else 1.0)).to(x.device, kind)
+            (torch.randn(s, generator=generator) * 0.5 / (s[-1] ** 0.5 if len(s) > 1 else 1.0)).to(x.device, kind)
             for s in parameter_shapes(cell, x.shape[3])
         )  # fmt: skip
     given = check_arguments(cell, x, params if isinstance(params, Tensor) or params else None, h0, None)

@@ -16,7 +16,7 @@ from triton.runtime import cache
 Job = tuple[Any, tuple[int, ...], dict[str, Any]]  # a kernel, its grid, its arguments
 
 # Lengths compile nothing new.
-_CONSTANTS = {"BD", "NC", "SPAN", "FAST", "MASKED", "ALONE", "WIDE", "ROWS", "WIDTH", "maxnreg"}
+_CONSTANTS = {"BD", "NC", "SPAN", "FAST", "MASKED", "ALONE", "WIDE", "ROWS", "WIDTH", "num_warps", "maxnreg"}
 # Before 3.12 garbage is collected inside Python's parser, which lets in another thread that parses, and fails (cpython gh-106905).
 THREADS = sys.version_info >= (3, 12)
 _compiled: set[tuple] = set()
@@ -54,16 +54,20 @@ def hashing() -> Future[str] | None:
 
 
 def compile_now(jobs: list[Job], device: torch.device) -> None:
-    """Compile many kernels, as many at once as there are cores; what fails is compiled again when it is launched."""
+    """Compile what differs among many launches, as many kernels at once as there are cores; what fails is compiled again when launched."""
     if THREADS:
-        for future in _begin(jobs, device, os.cpu_count()):
+        different = {(id(job[0]), _fixed(job)): job for job in jobs}
+        for future in _begin(list(different.values()), device, os.cpu_count()):
             future.exception()  # waits
 
 
 def _key(jobs: list[Job], x: Tensor) -> tuple:
-    fixed = lambda arguments: tuple((k, v) for k, v in arguments.items() if k in _CONSTANTS or v is None)
-    constants = tuple(fixed(arguments) for _, _, arguments in jobs)
-    return (*(id(kernel) for kernel, _, _ in jobs), constants, x.dtype, x.device)
+    return (*(id(kernel) for kernel, _, _ in jobs), tuple(map(_fixed, jobs)), x.dtype, x.device)
+
+
+def _fixed(job: Job) -> tuple:
+    """The arguments for which a kernel is compiled anew; tensors by whether they are there."""
+    return tuple((k, v) for k, v in job[2].items() if k in _CONSTANTS or v is None)
 
 
 def _begin(jobs: list[Job], device: torch.device, at_once: int | None = None) -> list[Future]:
