@@ -88,7 +88,10 @@ def test_candidates_are_compiled_as_they_run(name, tiling, monkeypatch):
     tilings = [
         Tiling(16 if name == "headgru" else 8, warps, 2, 2, chunks, 4, 8, 8) for warps, chunks in ((1, 5), (2, 4))
     ]
-    found, start = plan.trace_for(cell, x, as_seen(cell, given[1], torch.float32)), x.new_empty(2, len(cell.states), 16)
+    found, start = (
+        plan.trace_for(cell, given[0], as_seen(cell, given[1], torch.float32)),
+        x.new_empty(2, len(cell.states), 16),
+    )
     runtime.compile_all(cell, found, [(t, t) for t in tilings], given[0], given[1], start, 1e-6)
     for t in tilings:
         tiling(t)

@@ -78,7 +78,7 @@ def render(path: Path, readme: Path) -> int:
         bad_value("--readme", f"'{readme}'", f"a file with the lines {START} and {END} where the tables shall stand")
     plots, parts = 0, [tables([r for r in rows if r["suite"] not in AXES]), LEGEND]
     for (name,), of_suite in groups(rows, "suite").items():
-        image = path.parent / f"{name}.png"
+        image = path.with_name(f"{path.stem}-{name}.png")  # several files may lie in one directory
         if name in AXES and plot(of_suite, name, image):
             plots += 1
             parts.append(_heading(name, of_suite))
