@@ -205,7 +205,11 @@ def test_render_replaces_only_its_block(tiny, monkeypatch):
     monkeypatch.setitem(results.AXES, "tiny", axis)  # drawn, not tabulated
     assert main(["bench", "--render", "bench.jsonl"]) == 0
     text = readme.read_text()
-    assert "![two small cases](bench-tiny.png)" in text and "**tiny**: two small cases. " in text and "| loop |" not in text
+    assert (
+        "![two small cases](bench-tiny.png)" in text
+        and "**tiny**: two small cases. " in text
+        and "| loop |" not in text
+    )
     assert Path("bench-tiny.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -99,10 +99,10 @@ def test_a_run_is_not_replaced_unasked(recipe, capsys):
 
 
 def test_sigint_saves_and_says_how_to_continue(recipe, capsys):
-    arguments = [sys.executable, "-m", "parashoot", "train", recipe, "--steps", "100000", "--out", "run"]
+    arguments = [sys.executable, "-m", "parashoot", "train", recipe, "--steps", "100000", "--out", "a run"]
     environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log, deadline = Path("run/log.jsonl"), time.monotonic() + 50
+    log, deadline = Path("a run/log.jsonl"), time.monotonic() + 50
     while not (log.exists() and log.read_text().count("\n") >= 2):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
@@ -111,8 +111,8 @@ def test_sigint_saves_and_says_how_to_continue(recipe, capsys):
     out, err = process.communicate(timeout=50)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert f"parashoot train {recipe} --steps 100000 --resume run" in out
-    saved = checkpoint.facts(checkpoint.find("run"))
+    assert f"parashoot train {recipe} --steps 100000 --resume 'a run'" in out
+    saved = checkpoint.facts(checkpoint.find("a run"))
     assert saved["step"] == len(log.read_text().splitlines())
 
 
