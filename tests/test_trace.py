@@ -455,3 +455,16 @@ def test_what_pytorch_writes_on_its_own_is_no_step_that_writes_in_place():
     for cell in (normed, near):
         x = torch.randn(2, 40, 1, 8, dtype=torch.float64)
         torch.testing.assert_close(ps.scan(cell, x)[0], loop(cell, x, [], x.new_zeros(2, 1, 8))[:, :, 0])
+
+
+@pytest.mark.parametrize("name", ["softshrink", "hardshrink"])
+def test_derivatives_that_pytorch_does_not_take_apart(name):
+    shrink = getattr(torch.nn.functional, name)
+
+    @ps.cell
+    def shrunk(h: ps.State, x: ps.Input, p: ps.Param):
+        return shrink(p * h + x, 0.2)
+
+    x, p = torch.randn(2, 200, 1, 4), torch.full((1, 4), 0.6)
+    assert ps.verify(shrunk, x, p, solver=ps.MultipleShooting(16)).passed
+    assert "tl.where" in shrunk.triton_source("backward")

@@ -36,6 +36,12 @@ _RENAMED = {
     "bitwise_and": "and", "logical_and": "and", "bitwise_or": "or", "logical_or": "or", "bitwise_not": "not",
     "logical_not": "not", "sgn": "sign",
 }  # fmt: skip
+_aten = torch.ops.aten
+SHRUNK = dict.fromkeys(
+    (_aten.softshrink_backward.default, _aten.hardshrink_backward.default),
+    lambda grad, v, by: torch.where(v.abs() > by, grad, 0.0),
+)
+"""Derivatives that PyTorch neither marks as elementwise nor takes apart."""
 
 
 _NUMBERS = ("add", "sub", "mul", "div", "pow", "maximum", "minimum", "where", "masked_fill", "copy")

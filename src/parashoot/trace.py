@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .cell import Cell, parameter_shapes
 from .errors import CellError, StructureError, bad_cell
 from .garbage import uncollected
-from .graph import Builder, Graph, UnknownOperation, from_fx
+from .graph import SHRUNK, Builder, Graph, UnknownOperation, from_fx
 from .heads import Sizes
 from .heads import from_fx as heads_from_fx
 from .rules import check_rules, line_of
@@ -35,7 +35,9 @@ from .rules import check_rules, line_of
 Tensors = Sequence[Tensor]
 _traces: dict[tuple, Trace] = {}
 _lock = threading.RLock()
-_decompositions: Callable[[], Any] = functools.cache(lambda: dict(core_aten_decompositions()))  # slow to look through
+_decompositions: Callable[[], Any] = functools.cache(
+    lambda: dict(core_aten_decompositions()) | SHRUNK
+)  # slow to look through
 
 
 @dataclass(frozen=True, eq=False)
