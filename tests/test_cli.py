@@ -17,6 +17,7 @@ from parashoot import cells, diagnostics
 from parashoot.cli import main
 from parashoot.lm import checkpoint
 from parashoot.lm.data import Data, Tokens
+from parashoot.lm.presets import find_training
 from parashoot.scan import scan
 
 SRC = Path(__file__).parents[1] / "src"
@@ -228,3 +229,8 @@ def test_commands_to_copy_are_quoted(recipe, capsys):
     assert "--resume 'runs/sp ace'" in fails(capsys, "train", recipe, "--out", "runs/sp ace")
     again = ["generate", "--checkpoint", "runs/sp ace", "--seed", str(2**70)]
     assert "seed: got 1180591620717411303424; expected an integer from 0" in fails(capsys, *again)
+
+
+def test_a_configuration_may_begin_with_a_byte_order_mark(recipe):
+    Path("marked.json").write_bytes(b"\xef\xbb\xbf" + Path(recipe).read_bytes())
+    assert find_training("marked.json")[1] == find_training(recipe)[1]

@@ -71,7 +71,7 @@ def read(path: Path, argument: str = "--render") -> list[Row]:
 
 def render(path: Path, readme: Path) -> int:
     """Replace the marked block of `readme` by tables, or plots, of each suite's newest rows in the results file; plots go beside it."""
-    rows, text = read(path), readme.read_text() if readme.is_file() else ""
+    rows, text = read(path), readme.read_text("utf-8") if readme.is_file() else ""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
@@ -83,7 +83,7 @@ def render(path: Path, readme: Path) -> int:
             plots += 1
             parts.append(_heading(name, of_suite))
             parts.append(f"![{SUITES[name].about}]({Path(os.path.relpath(image, readme.parent)).as_posix()})")
-    readme.write_text(before + start + "\n" + "\n\n".join(parts) + "\n" + end + after)
+    readme.write_text(before + start + "\n" + "\n\n".join(parts) + "\n" + end + after, "utf-8")
     print(f"{readme}: {len(rows)} rows of {path}, {plots} plots")
     return 0
 

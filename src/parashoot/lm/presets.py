@@ -66,7 +66,7 @@ def find_training(name: str) -> tuple[str, TrainConfig]:
             "training", f"'{name}'", f"one of {', '.join(TRAININGS)}, or an existing .json file of TrainConfig fields"
         )
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_bytes())
     except ValueError as e:
         bad_value("training", f"'{name}', which is not JSON ({e})", "a JSON object of TrainConfig fields")
     if isinstance(values, dict) and isinstance(values.get("model"), str):

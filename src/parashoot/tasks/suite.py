@@ -294,6 +294,6 @@ def find_suite(name: str) -> list[Trial]:
     if path.suffix != ".json" or not path.is_file():
         bad_value("SUITE", repr(name), f"one of {', '.join(SUITES)}, or an existing .json file")
     try:
-        return trials(json.loads(path.read_text()))
+        return trials(json.loads(path.read_bytes()))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         bad_value("SUITE", f"'{name}', which is not JSON ({e})", "a JSON object")
