@@ -376,7 +376,7 @@ def test_a_long_file_is_cut_where_words_begin(tmp_path, monkeypatch):
     """So that its tokens are those of the whole."""
     pytest.importorskip("tokenizers")
     monkeypatch.setattr(sources, "PIECE", 64)
-    text = "".join(f"{k} words and  {k * k} more\n" for k in range(99)) + "x" * 200 + " y"
+    text = "".join(f"{k} words and  {k * k} more\n{' ' * (k % 40)}in" for k in range(99)) + "x" * 200 + " y"
     file, trained = tmp_path / "a.txt", Subwords.train(iter([text.encode()]), 400)
     file.write_text(text)
     prepare(tmp_path / "out", text_files([file], 0.0, 0.0), trained)
@@ -385,6 +385,34 @@ def test_a_long_file_is_cut_where_words_begin(tmp_path, monkeypatch):
     ids = found.read(0, len(found)).tolist()[1:]
     assert trained.tokenizer.decode(ids) == text
     assert ids[: len(whole) - 120] == whole[: len(whole) - 120]  # what has no spaces is cut anywhere
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interruption_at_any_moment_leaves_nothing_in_the_way(tmp_path, monkeypatch, there):
+    out, source = tmp_path / "out", lambda: iter([Piece("train", b"abc", True), Piece("test", b"abc", True)])
+    if there:
+        out.mkdir()
+    moved = []
+
+    def interrupted(old, new):
+        if len(moved) == 2 or not there:
+            raise KeyboardInterrupt
+        moved.append(new)
+        Path(old).rename(new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(out, source, Bytes())
+    assert list(tmp_path.iterdir()) == [out] * there and not (there and list(out.iterdir()))
+    if there:
+        (out / "out.partial-1").mkdir()  # of a process that was killed
+    prepare(out, source, Bytes())
+    assert open_data(out).split("train").read(0, 3).tolist() == list(b"abc")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(ArgumentError, match="lead to themselves"):
+        prepare(loop, source, Bytes())
 
 
 def test_a_file_that_becomes_shorter_is_said_so(tmp_path):

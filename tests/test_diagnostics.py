@@ -85,6 +85,9 @@ def test_what_is_compared_with_the_loop_is_not_the_loop(name: str):
     assert ps.verify(cell, x).chunk_length < 64
     assert ps.verify(ps.RNN(cell, 8, 8), torch.randn(2, 64, 8)).chunk_length < 64
     assert ps.verify(cell, x, solver=ps.Sequential()).chunk_length == 64
+    mine = ps.MultipleShooting(tol=1e-6, jacobian="auto")
+    assert ps.verify(ps.RNN(cell, 8, 8, solver=mine), torch.randn(2, 64, 8)).chunk_length < 64
+    assert ps.verify(cell, x, solver=ps.MultipleShooting(64)).chunk_length == 64
 
 
 def test_gradients_that_are_no_numbers_fail():

@@ -91,15 +91,29 @@ def turned(a: ps.State, b: ps.State, x: ps.Input, w: ps.Param):
     return u / n, v / n
 
 
+@ps.cell
+def growing(h: ps.State, x: ps.Input, p: ps.Param):
+    return torch.exp(x) * h + p
+
+
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("solver", [None, ps.MultipleShooting(8)], ids=["auto", "8"])
-def test_padding_after_given_states_is_not_made_from_zero(solver):
-    """Where the step has no derivative, though no sequence was ever there."""
+@pytest.mark.parametrize("cell", [turned, growing], ids=lambda cell: cell.name)
+def test_padding_after_given_states_is_nothing_that_fails(cell, solver, masked):
+    """From zero one step has no derivative, though no sequence was ever there; the other overflows when the last input goes on."""
     torch.manual_seed(0)
-    layer = ps.RNN(turned, 3, 2, solver=solver, dtype=torch.float64)
-    x, h_0 = torch.randn(2, 40, 3, dtype=torch.float64), torch.ones(1, 2, 2, 2, dtype=torch.float64)
-    lengths = torch.tensor([40, 12])
+    layer, states = ps.RNN(cell, 3, 2, solver=solver, dtype=torch.float64), len(cell.states)
+    x, h_0 = torch.randn(2, 2000, 3, dtype=torch.float64), torch.ones(1, 2, states, 2, dtype=torch.float64)
+    if cell is growing:
+        with torch.no_grad():
+            layer.get_parameter("bias_l0").fill_(-0.5)
+            layer.get_parameter("weight_ih_l0").fill_(1.0)
+            x[0], x[1, 11] = x[0] * 0.1, 1.0  # exp(2.5) a step, from there on
+    lengths = torch.tensor([2000, 12])
+    reset = torch.zeros(2, 2000, dtype=torch.bool)
+    reset[1, 20:] = masked  # beyond its end
     weights = list(layer.parameters())
-    got = torch.autograd.grad(layer(x, h_0, lengths=lengths)[0].sum(), weights)
+    got = torch.autograd.grad(layer(x, h_0, reset=reset, lengths=lengths)[0].sum(), weights)
     alone = [layer(x[b : b + 1, :n], h_0[:, b : b + 1])[0].sum() for b, n in enumerate(lengths.tolist())]
     torch.testing.assert_close(got, torch.autograd.grad(torch.stack(alone).sum(), weights), rtol=1e-9, atol=1e-9)
 

@@ -77,11 +77,20 @@ def chosen(h: ps.State, x: ps.Input, W: ps.Param):
     return torch.softmax(h @ W.mT + x, dim=1)
 
 
+@ps.cell(structure="dense")
+def counted(h: ps.State, n: ps.State, x: ps.Input, W: ps.Param, b: ps.Param):
+    return torch.tanh(h @ W + x) * n, torch.sigmoid(b)  # a state that is the same for all
+
+
 @pytest.mark.parametrize("solver", [None, ps.MultipleShooting(16)], ids=["auto", "16"])
-@pytest.mark.parametrize("cell", [normed, mixed, added, chosen], ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", [normed, mixed, added, chosen, counted], ids=lambda cell: cell.name)
 def test_steps_may_count_their_axes_from_the_front(cell, solver):
     """As they do when they run on (B, H, n) or (B, C), whatever the chunks."""
-    x, params, h0 = random_problem(cell, 2, 400, 8, sigma=0.5)
+    if cell is counted:  # of which vectors and matrices cannot be told
+        x, params, h0 = random_problem(chosen, 2, 400, 8, sigma=0.5)
+        params, h0 = [*params, torch.randn(8, dtype=x.dtype)], h0.repeat(1, 2, 1)
+    else:
+        x, params, h0 = random_problem(cell, 2, 400, 8, sigma=0.5)
     reset = random_resets(2, 400, share=0.01)
     run = lambda x, params, h0: ps.scan(cell, x, params, h0, reset=reset, solver=solver)
     want, _ = by_loop(cell, reset)(x, params, h0)

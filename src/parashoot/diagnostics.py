@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .cell import Cell, feature_shape, parameter_shapes
 from .errors import bad_type
 from .op import as_seen
-from .plan import AUTO, SHORTEST_KERNEL_CHUNK, Solver, check_solver, compute_dtype, plan_for, trace_for
+from .plan import SHORTEST_KERNEL_CHUNK, MultipleShooting, Solver, check_solver, compute_dtype, plan_for, trace_for
 from .scan import check_arguments, scan
 from .solve.linear import Algebra
 from .solve.sequential import loop
@@ -75,7 +75,8 @@ def verify(
 
     - a cell: `x` (B, T, G, C), `params` and `h0` as in `ps.scan`; params None draws them, 0.5 N(0, 1) (matrices over sqrt n).
     - a layer (`ps.RNN` and its kin): `x` (B, T, D); its own solver and parameters.
-    - `solver`: where it is None, or the layer's, and would run the loop itself in one chunk, eight chunks are compared instead.
+    - `solver`, or a layer's own: where it leaves the chunk length open and would run the loop itself, up to eight chunks of at least 16
+      steps are compared instead; below 32 steps, the loop.
 
     The loss is a random weighting of the outputs. Raises as `ps.scan` does.
     """
@@ -114,11 +115,13 @@ def _verify_cell(cell: Cell, x: Tensor, params: Any, h0: Tensor | None, solver: 
 
 
 def _in_chunks(cell: Cell, x: Tensor, params: Sequence[Tensor], solver: Solver) -> Solver:
-    """`solver`, or in place of the automatic one, where that runs the loop, one that has something to compare with it."""
-    plan = plan_for(cell, x, as_seen(cell, list(params), compute_dtype(x.dtype)), solver)[0]
-    if solver != AUTO or plan.chunks > 1 or x.shape[1] < 2 * SHORTEST_KERNEL_CHUNK:
+    """`solver`, with chunks where it would run the loop and has not been asked to, so that there is something to compare with it."""
+    if not isinstance(solver, MultipleShooting) or not isinstance(solver.chunk_length, str):
         return solver
-    return replace(AUTO, chunk_length=max(SHORTEST_KERNEL_CHUNK, -(-x.shape[1] // 8)))
+    plan = plan_for(cell, x, as_seen(cell, list(params), compute_dtype(x.dtype)), solver)[0]
+    if plan.chunks > 1 or x.shape[1] < 2 * SHORTEST_KERNEL_CHUNK:
+        return solver
+    return replace(solver, chunk_length=max(SHORTEST_KERNEL_CHUNK, -(-x.shape[1] // 8)))
 
 
 def _verify_layer(layer: Any, x: Tensor, seed: int) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from typing import Any
@@ -78,6 +79,7 @@ class RNN(nn.Module):
         self.cell, self.input_size, self.hidden_size, self.num_layers = cell, input_size, hidden_size, num_layers
         self.num_heads, self.bias, self.dropout, self.bidirectional = num_heads, bias, float(dropout), bidirectional
         self.recurrent_clip, self.solver, self.drops_outward = recurrent_clip, solver, True
+        self._from_zero = _differentiable_at_zero(cell)
         shapes = parameter_shapes(cell, hidden_size)
         self._vectors = all(s == (hidden_size,) for s in shapes)
         gates, place = len(cell.inputs), {"device": device, "dtype": dtype}
@@ -242,8 +244,10 @@ class RNN(nn.Module):
             if reset is not None:
                 reset = reset.gather(1, (ends - t).clamp(0, z.shape[1] - 1)) & (t > 0) & (t < ends)
         stop = t >= ends
-        if start is None:  # from zero a step can be made; with given states it might fail there, and goes on instead
+        if start is None or self._from_zero:  # else padding goes on from where its sequence ended
             reset = stop if reset is None else reset | stop
+        elif reset is not None:
+            reset = reset & ~stop
         states, _ = self._scan(cell, z, params or None, h_0, reset=reset, return_states=True, **options)
         final = states.gather(1, (ends - 1)[:, :, None, None].expand(-1, 1, *states.shape[2:])).squeeze(1).to(h_0.dtype)
         y = states[:, :, self.cell.output]
@@ -294,6 +298,26 @@ def _repeated(x: Tensor, lengths: Tensor) -> Tensor:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+@functools.lru_cache(maxsize=256)
+def _differentiable_at_zero(cell: Cell) -> bool:
+    """Whether a step from zero has derivatives, at random inputs and parameters."""
+    draw, channels = torch.Generator().manual_seed(0), cell.width or 4
+    feature = (1, channels) if cell.width else (channels,)
+    heads = lambda shape: (1, channels) if cell.width and len(shape) == 1 else shape  # vectors as a step sees them
+    sizes = [(2, *feature)] * len(cell.inputs) + [heads(s) for s in parameter_shapes(cell, channels)]
+    values = [torch.zeros(2, *feature, dtype=torch.float64, device="cpu") for _ in cell.states]
+    values += [torch.rand(s, generator=draw, dtype=torch.float64, device="cpu") for s in sizes]
+    states, moving = len(cell.states), len(cell.states) + len(cell.inputs)
+    try:
+        with torch.enable_grad():
+            leaves = [v.requires_grad_() for v in values]
+            new = cell.new_states(leaves[:states], leaves[states:moving], leaves[moving:])
+            found = torch.autograd.grad([v.sum() for v in new if v.requires_grad], leaves, allow_unused=True)
+    except Exception:  # what is wrong with the step is said when it runs
+        return True
+    return all(bool(torch.isfinite(g).all()) for g in found if g is not None)
 
 
 def bias_ranges(cell: Cell, given: Any) -> dict[str, tuple[float, float]]:

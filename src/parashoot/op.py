@@ -134,7 +134,7 @@ def _(x, params, h0, reset, cell, reverse, all_states, save, report, length, tol
         y,
         h0.new_empty(h0.shape),
         x.new_empty(saved, dtype=compute_dtype(x.dtype)),
-        torch.empty(6, dtype=torch.float64),
+        torch.zeros(6, dtype=torch.float64),  # read by nobody but on the device "meta"
         x.new_empty(3 if report else 0, dtype=torch.float32),
     )
 

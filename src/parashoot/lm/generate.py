@@ -117,5 +117,5 @@ def _check(model: ParaRNNForCausalLM, prompt: Tensor, max_new_tokens: int, seed:
         bad_value("prompt", f"ids from {int(prompt.min())} to {int(prompt.max())}", f"ids below vocab_size = {vocab}")
     if not is_count(max_new_tokens):
         bad_value("max_new_tokens", repr(max_new_tokens), "an integer >= 1")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        bad_value("seed", repr(seed), "an integer from 0 to 2^63 - 1")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        bad_value("seed", repr(seed), "an integer from -2^63 to 2^64 - 1")

@@ -40,8 +40,12 @@ def new_directory(directory: Path) -> Iterator[Path]:
     An empty directory that is there stays, and is filled, what names the rest last: a disk may be mounted or a shell stand there. Raises
     `ArgumentError` if it is not empty.
     """
-    directory = directory.resolve()  # "." and links, too
+    try:
+        directory = directory.resolve()  # "." and links, too
+    except RuntimeError:
+        bad_value("OUT", f"'{directory}', links that lead to themselves", "a new directory")
     check_new(directory)
+    moved: list[Path] = []
     name, filled = f"{directory.name}.partial-{os.getpid()}", directory.exists()
     beside = directory / name if filled else directory.with_name(name)
     beside.mkdir(parents=True)
@@ -49,16 +53,22 @@ def new_directory(directory: Path) -> Iterator[Path]:
         yield beside
         if filled:
             for path in sorted(beside.iterdir(), key=lambda p: p.name in LAST):
-                os.replace(path, directory / path.name)
+                moved.append(directory / path.name)
+                os.replace(path, moved[-1])
         else:
             os.replace(beside, directory)
+    except BaseException:  # Ctrl-C, too
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_new(directory: Path) -> None:
-    """Raise `ArgumentError` if something is at `directory` that is not an empty directory."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    """Raise `ArgumentError` if something is at `directory` that is not an empty directory; what killed processes left does not count."""
+    left = f"{directory.resolve().name}.partial-"
+    if directory.exists() and (not directory.is_dir() or any(not p.name.startswith(left) for p in directory.iterdir())):
         bad_value("OUT", f"'{directory}', which is there already", "a new directory")
 
 

@@ -59,7 +59,8 @@ def text_files(paths: list[Path], validation: float, test: float) -> Source:
                             bad_value("--text", f"'{path}', which became shorter while it was read", "a file at rest")
                         text += _rest_of_character(file)
                         if at + len(text) < stop:  # before a space, where a byte-pair encoding cuts anyway
-                            cut = max(text.rfind(b" "), text.rfind(b"\n"))
+                            words = text.rstrip()  # not within a run of spaces
+                            cut = max(words.rfind(b" "), words.rfind(b"\n"))
                             if cut > 0:
                                 file.seek(cut - len(text), 1)
                                 text = text[:cut]

@@ -79,7 +79,7 @@ def sweep(steps: Steps, start: Tensor, ys: Tensor) -> None:
 
     Steps with matrices see rows, (B n, F), as they were traced: they may count their axes from the front.
     """
-    gates, slots, lead = steps.xs.shape[1], ys.shape[1], ys.shape[2:4]
+    gates, slots, lead, feature = steps.xs.shape[1], ys.shape[1], ys.shape[2:4], ys.shape[4:]
     rows = (lambda v, at: v.flatten(at, at + 1)) if steps.algebra.full else (lambda v, at: v)
     inputs, outputs = rows(steps.xs, 2).flatten(0, 1).unbind(0), ys.flatten(0, 1).unbind(0)
     new_states, params, resets = steps.cell.new_states, steps.params, steps.resets
@@ -90,7 +90,9 @@ def sweep(steps: Steps, start: Tensor, ys: Tensor) -> None:
             state = [v.masked_fill(blocked[t], 0.0) for v in state]
         state = new_states(state, inputs[t * gates : (t + 1) * gates], params)
         for i, v in enumerate(state):
-            outputs[t * slots + i].copy_(v.unflatten(0, lead) if steps.algebra.full else v)
+            outputs[t * slots + i].copy_(
+                v.expand(lead.numel(), *feature).unflatten(0, lead) if steps.algebra.full else v
+            )
 
 
 def states_before(ys: Tensor, start: Tensor, window: tuple[int, int], resets: Tensor | None) -> Tensor:
