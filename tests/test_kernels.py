@@ -286,7 +286,7 @@ def test_channels_in_heads_are_read_in_place(name, order, tiling):
 
 
 def test_expanded_heads_get_their_gradients(tiling):
-    tiling(Tiling(64, 1, 4, 3, 2, 8, 2, 32))
+    tiling(Tiling(128, 1, 4, 3, 2, 8, 2, 64))
     cell = ps.cells.gru
     x, params, h0 = fp32_problem(cell, 2, 22, 256, 0.5)
     single = x.unflatten(3, (2, 128))[:, :, :, :1]
@@ -562,7 +562,7 @@ def test_a_layer_has_its_bias_added_by_the_kernel(cell, tiling):
     tiling(LED)
     layer = ps.RNN(SHIPPED[cell], 6, 12, num_heads=2, solver=KERNEL).to(DEVICE)
     torch.nn.init.normal_(layer.get_parameter("bias_l0"))
-    x = torch.randn(2, 40, 6, device=DEVICE)
+    x = torch.randn(2, 24, 6, device=DEVICE)
     assert layer.prepared(x)[0].params[-1].startswith("b_")
     names = ("weight_ih_l0", "bias_l0", "weight_hh_l0")
     y = layer(x)[0]
