@@ -227,6 +227,9 @@ def test_commands_to_copy_are_quoted(recipe, capsys):
     assert main(["train", recipe, "--out", "runs/sp ace"]) == 0
     assert "--checkpoint 'runs/sp ace' --prompt 'The state" in capsys.readouterr().out
     assert "--resume 'runs/sp ace'" in fails(capsys, "train", recipe, "--out", "runs/sp ace")
+    assert (
+        main(["generate", "--checkpoint", "runs/sp ace", "--prompt", "\udcff", "--tokens", "2"]) == 0
+    )  # a byte that is no UTF-8
     again = ["generate", "--checkpoint", "runs/sp ace", "--seed", str(2**70)]
     assert "seed: got 1180591620717411303424; expected an integer from -2^63" in fails(capsys, *again)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from lm_models import tokens, transformers
 from parashoot.cli import main
@@ -134,6 +135,14 @@ def test_nothing_is_overwritten_and_nothing_half_written(runs, tmp_path, monkeyp
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", full_disk)
     assert main(["export", str(runs / "bytes"), str(tmp_path / "out")]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
+
+    def full_disk_of_weights(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(ParaRNNForCausalLM, "save_pretrained", full_disk_of_weights)
+    capsys.readouterr()
+    assert main(["export", str(runs / "bytes"), str(tmp_path / "out")]) == 2
+    assert "could not be written" in capsys.readouterr().err
 
 
 def test_data_of_another_tokenizer_are_refused(runs, tmp_path, capsys):

@@ -539,3 +539,15 @@ def test_the_past_of_a_transformer_grows_and_a_state_does_not():
             tiny_model(**MIXERS[name])(tokens(1, time), past_key_values=cache)
             sizes[name, time] = sum(t.numel() for t in chain(*cache.blocks))
     assert [sizes[name, 8] / sizes[name, 4] for name in MIXERS] == [1, 2, 1]
+
+
+def test_a_step_is_made_by_calling_the_layer_where_a_hook_brings_its_weights():
+    """As accelerate does when weights are kept on a disk: they are there while a module is called, and not for its other methods."""
+    model, ids, past, called = tiny_model(), tokens(2, 5), Cache(), []
+    want = model(ids).logits[:, -1:]
+    model(ids[:, :-1], past_key_values=past)
+    for layer in model.recurrent_layers():
+        layer._hf_hook = object()
+        layer.register_forward_pre_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(model(ids[:, -1:], past_key_values=past).logits, want, rtol=1e-9, atol=1e-9)
+    assert len(called) == len(model.recurrent_layers())

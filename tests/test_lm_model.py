@@ -398,6 +398,8 @@ def test_small_presets_have_the_sizes_of_their_names(name):
         ("conv_kernel", 2.5, "conv_kernel"),
         ("state_expansion", 1.5, "state_expansion"),
         ("z_loss", -1.0, "z_loss"),
+        ("mixer", ["rnn"], "mixer"),
+        ("initial_bias", {"z": "1"}, "initial_bias of z"),
     ],
 )
 def test_bad_model_configurations_name_the_field(field, value, words):

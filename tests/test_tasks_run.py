@@ -335,6 +335,10 @@ def test_the_suites_are_well_formed():
         ({"task": "parity", "model": "cell:gru", "test_lengths": []}, "test_lengths: got []"),
         ({"task": "parity", "model": "cell:gru", "learning_rate": -1}, "learning_rate: got -1"),
         ({"task": "parity", "model": "cell:gru", "options": 3}, "options: got int 3"),
+        (
+            {"task": "cycle", "model": "cell:gru", "shortest": 3, "options": {"shortest": 3}},
+            "options: got shortest, which the trial has, too",
+        ),
         ({"task": "keep_nth", "model": "cell:gru", "test_lengths": [3]}, "length: got 3; expected at least 5"),
     ],
 )
