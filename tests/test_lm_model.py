@@ -399,7 +399,6 @@ def test_small_presets_have_the_sizes_of_their_names(name):
         ("state_expansion", 1.5, "state_expansion"),
         ("z_loss", -1.0, "z_loss"),
         ("mixer", ["rnn"], "mixer"),
-        ("initial_bias", {"z": "1"}, "initial_bias of z"),
     ],
 )
 def test_bad_model_configurations_name_the_field(field, value, words):
@@ -425,6 +424,12 @@ def test_a_cell_by_import_path():
         ParaRNNForCausalLM(TINY.replace(cell="no_such_module:cell"))
     with pytest.raises(ArgumentTypeError, match=r"@ps\.cell"):
         ParaRNNForCausalLM(TINY.replace(cell="math:pi"))
+
+
+def test_a_bias_that_is_no_number_is_refused_by_the_layer_of_an_imported_cell():
+    config = TINY.replace(cell="parashoot.cells:gru", initial_bias={"z": "1"})
+    with pytest.raises(ArgumentError, match="initial_bias of z: got '1'"):
+        ParaRNNForCausalLM(config)
 
 
 def test_tied_embeddings_share_one_matrix():
