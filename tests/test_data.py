@@ -409,6 +409,18 @@ def test_an_interruption_at_any_moment_leaves_nothing_in_the_way(tmp_path, monke
         (out / "out.partial-1").mkdir()  # of a process that was killed
     prepare(out, source, Bytes())
     assert open_data(out).split("train").read(0, 3).tolist() == list(b"abc")
+    other = tmp_path / "other"
+    other.mkdir()
+
+    def slow():
+        yield Piece("train", b"slow", True)
+        with monkeypatch.context() as patch:  # another process, meanwhile
+            patch.setattr("os.getpid", lambda: 1)
+            prepare(other, source, Bytes())
+
+    with pytest.raises(ArgumentError, match="there already"):
+        prepare(other, slow, Bytes())
+    assert open_data(other).split("train").read(0, 3).tolist() == list(b"abc")
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     with pytest.raises(ArgumentError, match="lead to themselves"):

@@ -40,11 +40,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     An empty directory that is there stays, and is filled, what names the rest last: a disk may be mounted or a shell stand there. Raises
     `ArgumentError` if it is not empty.
     """
-    try:
-        directory = directory.resolve()  # "." and links, too
-    except RuntimeError:
-        bad_value("OUT", f"'{directory}', links that lead to themselves", "a new directory")
-    check_new(directory)
+    directory = check_new(directory)
     moved: list[Path] = []
     name, filled = f"{directory.name}.partial-{os.getpid()}", directory.exists()
     beside = directory / name if filled else directory.with_name(name)
@@ -52,6 +48,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     try:
         yield beside
         if filled:
+            check_new(directory)  # another process may have filled it meanwhile
             for path in sorted(beside.iterdir(), key=lambda p: p.name in LAST):
                 moved.append(directory / path.name)
                 os.replace(path, moved[-1])
@@ -65,11 +62,17 @@ def new_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def check_new(directory: Path) -> None:
-    """Raise `ArgumentError` if something is at `directory` that is not an empty directory; what killed processes left does not count."""
-    left = f"{directory.resolve().name}.partial-"
+def check_new(directory: Path) -> Path:
+    """Where `directory` lies, links followed. Raises `ArgumentError` if something is there that is not an empty directory; what killed
+    processes left does not count."""
+    try:
+        directory = directory.resolve()
+    except RuntimeError:
+        bad_value("OUT", f"'{directory}', links that lead to themselves", "a new directory")
+    left = f"{directory.name}.partial-"
     if directory.exists() and (not directory.is_dir() or any(not p.name.startswith(left) for p in directory.iterdir())):
         bad_value("OUT", f"'{directory}', which is there already", "a new directory")
+    return directory
 
 
 def _write(directory: Path, source: Source, tokenizer: Bytes | Subwords, shard: int) -> dict[str, Any]:
